@@ -1,0 +1,116 @@
+"""Train and eval mode by call flag: a layer whose `__call__` takes `train`, `deterministic` and the like is given it.
+
+While a step is traced, the `__call__` of every class of the module's that has such a parameter fills in the one that
+its caller did not pass. The class is left exactly as it was found. Mode attributes are `state/modes.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flax import nnx
+
+from nnx_fit.state.graph import modules
+from nnx_fit.state.modes import MODE_MARK
+
+# Parameter names and their value in train mode; eval mode has the opposite.
+FLAGS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+    "inference": False,
+}
+
+# Classes are patched for the whole process, so one trace at a time.
+_TRACING = threading.RLock()
+
+
+@contextmanager
+def filled(module: nnx.Module, training: bool) -> Iterator[None]:
+    """Fills in call flags for the mode while the block runs, in this thread only.
+
+    Args:
+        module: The module that is about to be called; its classes are the ones that are looked at.
+        training: Whether the step trains.
+    """
+    with _TRACING:
+        patched: list[tuple[type, Any]] = []
+        try:
+            for cls, call, positions in _flagged_classes(module):
+                patched.append((cls, call))
+                type.__setattr__(cls, "__call__", _filling(call, positions, training, threading.get_ident()))
+            yield
+        finally:
+            for cls, call in reversed(patched):
+                type.__setattr__(cls, "__call__", call)
+
+
+def _flagged_classes(module: nnx.Module) -> list[tuple[type, Any, dict[str, int | None]]]:
+    """The classes to patch: each with its `__call__` and the position of each flag (`None`: keyword only)."""
+    found: dict[type, tuple[Any, dict[str, int | None]]] = {}
+    for _, node in modules(module):
+        for cls in type(node).__mro__:
+            if cls in found or "__call__" not in vars(cls) or _is_flax(cls):
+                continue
+            call = vars(cls)["__call__"]
+            if positions := _flag_positions(call):
+                found[cls] = (call, positions)
+    return [(cls, call, positions) for cls, (call, positions) in found.items()]
+
+
+def _is_flax(cls: type) -> bool:
+    return cls is object or cls.__module__.split(".")[0] == "flax"
+
+
+def _flag_positions(call: Any) -> dict[str, int | None]:
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    positions: dict[str, int | None] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.name in FLAGS and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            positions[parameter.name] = index if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else None
+    return positions
+
+
+def _filling(call: Any, positions: dict[str, int | None], training: bool, thread: int) -> Callable[..., Any]:
+    inlined = _inlined(call)
+
+    @functools.wraps(inlined)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it takes the place of one
+        if threading.get_ident() != thread:
+            return call.__get__(self)(*args, **kwargs)
+        missing = {
+            name: _value(self, name, training)
+            for name, position in positions.items()
+            if name not in kwargs and (position is None or position > len(args))
+        }
+        if not missing:
+            return call.__get__(self)(*args, **kwargs)
+        return inlined(self, *args, **kwargs, **missing)
+
+    return __call__
+
+
+def _inlined(call: Any) -> Callable[..., Any]:
+    """The Python function inside a jitted `__call__`: in a trace it does the same, and the flag stays a Python bool."""
+    while not inspect.isfunction(call) and hasattr(call, "__wrapped__"):
+        call = call.__wrapped__
+    return call
+
+
+def _value(layer: Any, name: str, training: bool) -> bool:
+    """A layer's own attribute of the flag's name wins over the mode."""
+    own = vars(layer).get(name)
+    if isinstance(own, bool):
+        return own
+    mode = vars(layer).get(MODE_MARK, training)
+    return FLAGS[name] if mode else not FLAGS[name]

@@ -1,0 +1,85 @@
+"""NNX filters as this package uses them: by path prefix, over aliases, and editable.
+
+A Variable that several paths lead to (tied weights) is one Variable: a filter that names any of its paths names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+from flax.nnx import filterlib
+
+from nnx_fit.state.graph import Path, path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class PathPrefix:
+    """Filter that matches everything at or below a dotted path: `PathPrefix("net.backbone")`."""
+
+    prefix: str
+
+    def __call__(self, path: Path, value: Any) -> bool:
+        """Whether the path is the prefix or below it."""
+        del value
+        name = path_name(path)
+        return name == self.prefix or name.startswith(self.prefix + ".")
+
+
+@dataclasses.dataclass(frozen=True)
+class Edited:
+    """A filter with later corrections: each edit freezes or unfreezes what its own filter matches, the last one wins.
+
+    Attributes:
+        base: The filter before any edit.
+        edits: Pairs of (whether to match, what it applies to), in the order they were made.
+    """
+
+    base: Any
+    edits: tuple[tuple[bool, Any], ...] = ()
+
+    def __call__(self, path: Path, value: Any) -> bool:
+        """Whether the filter with its edits matches a Variable at one path."""
+        return matches(self, [path], value)
+
+    def edited(self, match: bool, selectors: Sequence[Any]) -> Edited:
+        """This filter with further edits."""
+        return Edited(self.base, (*self.edits, *((match, selector) for selector in selectors)))
+
+
+def hashable(value: Any) -> Any:
+    """The same filter in a form that can be hashed: lists and tuples become `nnx.Any`."""
+    if isinstance(value, list | tuple):
+        return nnx.Any(*(hashable(item) for item in value))
+    return value
+
+
+def matches(selector: Any, paths: Sequence[Path], value: Any) -> bool:
+    """Whether a filter matches a Variable that `paths` lead to: through any of them, whatever the filter combines."""
+    predicate: Any = filterlib.to_predicate(selector)
+    if isinstance(predicate, Edited):
+        matched = matches(predicate.base, paths, value)
+        for match, edit in predicate.edits:
+            if matches(edit, paths, value):
+                matched = match
+        return matched
+    if isinstance(predicate, filterlib.Any):
+        return any(matches(inner, paths, value) for inner in predicate.predicates)
+    if isinstance(predicate, filterlib.All):
+        return all(matches(inner, paths, value) for inner in predicate.predicates)
+    if isinstance(predicate, filterlib.Not):
+        return not matches(predicate.predicate, paths, value)
+    return any(bool(predicate(path, value)) for path in paths)
+
+
+def names_type_of(selector: Any, value: Any) -> bool:
+    """Whether a filter asks for a Variable's type by name, so that it is not meant to be read as "of the Params"."""
+    predicate = filterlib.to_predicate(selector)
+    if isinstance(predicate, Edited):
+        added = [edit for match, edit in predicate.edits if match]
+        return any(names_type_of(inner, value) for inner in (predicate.base, *added))
+    if isinstance(predicate, filterlib.Any | filterlib.All):
+        return any(names_type_of(inner, value) for inner in predicate.predicates)
+    return isinstance(predicate, filterlib.OfType) and bool(predicate((), value))

@@ -1,0 +1,107 @@
+"""Walking an NNX object graph: every leaf once for its value, and along every path that leads to it.
+
+The only file that uses Flax's graph internals (`flax.nnx.graphlib`); everything else speaks of paths and leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.nnx import graphlib
+
+Path = tuple[Any, ...]
+
+
+def path_name(path: Path) -> str:
+    """The dotted form of a path, as users write and read it: `("net", 0, "kernel")` is `"net.0.kernel"`."""
+    return ".".join(str(part) for part in path)
+
+
+def flatten(module: Any) -> tuple[nnx.GraphDef, list[tuple[Path, Any]]]:
+    """Splits a module into its graphdef and its leaves, each leaf once, in the graphdef's order.
+
+    A leaf is a `Variable` or a bare array (or any other value an attribute marks as data).
+    """
+    graphdef, flat = graphlib.flatten(module, with_paths=True, graph=True)
+    assert isinstance(flat, nnx.FlatState)
+    return graphdef, list(zip(flat.paths, flat.leaves, strict=True))
+
+
+def merge(graphdef: nnx.GraphDef, values: list[Any]) -> Any:
+    """Builds a module from a graphdef and one raw value for each leaf, in `flatten`'s order."""
+    return graphlib.unflatten(graphdef, values)
+
+
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """The attributes or items of a node that are part of the graph, and nothing else."""
+    impl = graphlib.get_node_impl(node)
+    if impl is None or isinstance(node, nnx.Variable):
+        return []
+    return list(impl.node_dict(node).items())
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether a value is one that `flatten` gives: a Variable or a bare array."""
+    return isinstance(value, nnx.Variable | jax.Array | np.ndarray)
+
+
+def modules(module: Any) -> Iterator[tuple[Path, nnx.Module]]:
+    """Every module of the graph once, with the first path that leads to it, parents before children."""
+    seen: set[int] = set()
+    stack: list[tuple[Path, Any]] = [((), module)]
+    while stack:
+        path, node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, nnx.Module):
+            yield path, node
+        stack.extend(
+            ((*path, key), child) for key, child in reversed(children(node)) if not isinstance(child, nnx.Variable)
+        )
+
+
+def leaf_paths(module: Any) -> dict[int, list[Path]]:
+    """All paths to each Variable, by the Variable's `id`: a tied Variable has several."""
+    found: dict[int, list[Path]] = {}
+
+    def visit(node: Any, path: Path, above: frozenset[int]) -> None:
+        if isinstance(node, nnx.Variable):
+            found.setdefault(id(node), []).append(path)
+            return
+        if id(node) in above:
+            return
+        for key, child in children(node):
+            visit(child, (*path, key), above | {id(node)})
+
+    visit(module, (), frozenset())
+    return found
+
+
+def forget_attribute(node: Any, name: str) -> None:
+    """Takes an attribute out of a module as if it had never been set; a property has no value but leaves a record."""
+    vars(node).pop(name, None)
+    if name in node._pytree__nodes:
+        rest = {key: kind for key, kind in node._pytree__nodes.items() if key != name}
+        object.__setattr__(node, "_pytree__nodes", type(node._pytree__nodes)(rest))
+
+
+def replace_array(node: Any, path: Path, value: Any) -> Any:
+    """Puts a bare array at a path below `node`; returns the node, or its replacement where it is immutable."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    child = replace_array(dict(children(node))[key], rest, value)
+    if isinstance(node, nnx.Pytree):
+        object.__setattr__(node, str(key), child)
+        return node
+    if isinstance(node, list | dict):
+        node[key] = child  # type: ignore[index]
+        return node
+    items = dict(children(node)) | {key: child}
+    one_level = jax.tree.structure(node, is_leaf=lambda x: x is not node)
+    return jax.tree.unflatten(one_level, list(items.values()))
