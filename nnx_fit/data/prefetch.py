@@ -1,0 +1,281 @@
+"""`Prefetcher`: one pass over a loader, with batches placed on the device ahead of their use.
+
+There is no background thread: JAX copies and computes asynchronously, so that the main thread reads and places the next
+batches while the device works on this one (Grain and PyTorch bring workers of their own). It also keeps the position
+that a run must be resumed from, which is that of the batches handed out and not of those read ahead.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from nnx_fit.data.batches import Batch, to_arrays
+from nnx_fit.data.loaders import iterate
+from nnx_fit.errors import ConfigurationError
+
+Place = Callable[[Any], Any]
+
+_PLAIN = frozenset((int, bool, str, float, type(None)))
+
+
+def default_place(device: Any = None) -> Place:
+    """What puts a batch where the programs of one device take it.
+
+    NumPy arrays are copied first, since a loader may fill its buffers again while the device still reads them:
+    `jax.device_put` with `may_alias=False` and even `jnp.array` do not protect from that on CPU. The copies are
+    read-only and have the dtype that the program sees. On CPU nothing else is done: a program takes a NumPy array for
+    about 1 us, and `device_put` of two small arrays costs 60 us.
+
+    Args:
+        device: The `jax.Device`; default: JAX's default device.
+    """
+    if device is None:
+        default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        device = jax.local_devices(backend=default)[0] if isinstance(default, str | None) else default
+    dtypes: dict[np.dtype, np.dtype] = {}
+
+    def copied(leaf: Any) -> Any:
+        if type(leaf) is not np.ndarray:
+            return leaf
+        dtype = dtypes.get(leaf.dtype)
+        if dtype is None:
+            dtype = dtypes[leaf.dtype] = np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+        array = leaf.astype(dtype, order="C")
+        array.setflags(write=False)
+        return array
+
+    def place_copies(batch: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(batch)
+        return treedef.unflatten([copied(leaf) for leaf in leaves])
+
+    if device.platform == "cpu":
+        return place_copies
+    return lambda batch: jax.device_put(place_copies(batch), device)
+
+
+class Prefetcher(Iterator[Batch]):
+    """One pass over a loader: an iterator of `Batch` whose arrays are on the device.
+
+    An exception in the loader (or in placing) is raised where its batch would have come, after the batches before it.
+
+    Args:
+        loader: What `iterate` takes.
+        place: From a pytree of arrays to the same pytree on the device or devices.
+        depth: How many batches are read and placed at a time, the one handed out included; 1 reads nothing ahead.
+        limit: Number of batches after which the pass ends; none beyond it is asked of the loader.
+        state: A state from `get_state` to continue from. With `depth` and `limit` as they were, what comes is what
+            would have come. A pass that had ended yields nothing and leaves the loader ready for the next one.
+
+    Attributes:
+        batches: Number of batches handed out, those before a resume included.
+        wait_seconds: Time spent waiting for the loader.
+        resumed: How `state` was restored: `"exact"` by the loader itself, or `"replayed"` by reading and dropping the
+            batches before it, because the loader has no `get_state` and `set_state`; `None` without a state.
+
+    Raises:
+        ConfigurationError: If the loader is none, or does not take the state.
+
+    Example:
+        >>> import numpy as np
+        >>> batches = Prefetcher([{"x": np.zeros(3)}, {"x": np.ones(2)}], default_place())
+        >>> [batch.numeric["x"].shape for batch in batches], batches.batches
+        ([(3,), (2,)], 2)
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        place: Place,
+        depth: int = 2,
+        *,
+        limit: int | float | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.batches = 0
+        self.wait_seconds = 0.0
+        self.resumed: Literal["exact", "replayed"] | None = None
+        self._loader = loader
+        self._place = place
+        self._depth = max(1, depth)
+        self._limit = math.inf if limit is None else limit
+        self._queue: deque[tuple[Batch | Exception, Any]] = deque()
+        self._iterator: Iterator[Any] | None = None
+        self._source: Any = None  # what has get_state(): the loader, its iterator, or nothing
+        self._ended: Literal["loader", "limit", "error"] | None = None
+        self._state: Any = None
+        self._last_state: Any = None
+        self._state_before: Any = None  # the position before the batch handed out last
+        if state is None:
+            if self._limit > 0:
+                self._open()
+        else:
+            self._resume(state)
+        self._pulled = self.batches
+        if self._pulled >= self._limit:
+            self._ended = self._ended or "limit"
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the batch handed out last was the final one; with `depth=1` known only when the loader was asked."""
+        return self.batches == self._pulled and self._ended in ("loader", "limit")
+
+    def __next__(self) -> Batch:
+        queue = self._queue
+        while self._iterator is not None and self._ended is None and len(queue) < self._depth:
+            self._pull()
+        if not queue:
+            self.close()
+            raise StopIteration
+        batch, state = queue.popleft()
+        if isinstance(batch, Exception):
+            self.close()
+            raise batch
+        self.batches += 1
+        self._state_before, self._state = self._state, state
+        return batch
+
+    def close(self) -> None:
+        """Ends the pass: drops what was read ahead and closes the loader's iterator. May be called again."""
+        self._queue.clear()
+        iterator, self._iterator, self._source = self._iterator, None, None
+        close = getattr(iterator, "close", None)
+        if callable(close) and iterator is not self._loader:
+            close()
+
+    def get_state(self, batches: int | None = None) -> dict[str, Any]:
+        """The position after the batch handed out last: a plain dict for JSON, to be given to a new `Prefetcher`.
+
+        Args:
+            batches: Number of batches that are done with: `self.batches`, or one fewer if the last one is still to be
+                used. Default: all that were handed out.
+        """
+        if batches is not None and batches < self.batches:
+            state, kind = self._state_before, "replay" if self._state_before is None else "exact"
+            return {"kind": kind, "batches": batches, "ended": None, "state": _encode(state, self._loader)}
+        ended = self._ended if self.exhausted else None
+        state = self._last_state if ended == "loader" and self._last_state is not None else self._state
+        return {
+            "kind": "replay" if state is None else "exact",
+            "batches": self.batches,
+            "ended": ended,
+            "state": _encode(state, self._loader),
+        }
+
+    def _open(self) -> None:
+        self._iterator = iterate(self._loader)
+        self._source = next((part for part in (self._loader, self._iterator) if _has_position(part)), None)
+        self._state = self._position()
+
+    def _position(self) -> Any:
+        if self._source is None:
+            return None
+        state = self._source.get_state()
+        # The loader may hand out the very dict that it goes on changing.
+        if type(state) is dict and _PLAIN.issuperset(map(type, state.values())):
+            return state.copy()
+        return copy.deepcopy(state)
+
+    def _pull(self) -> None:
+        iterator: Any = self._iterator
+        start = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            self._ended = "loader"
+            if self._source is self._loader:
+                self._last_state = self._position()
+            return
+        except Exception as error:
+            self._fail(error)
+            return
+        finally:
+            self.wait_seconds += time.perf_counter() - start
+        try:
+            state = self._position()
+            batch = to_arrays(item)
+            self._queue.append((batch.with_arrays(self._place(batch.numeric)), state))
+        except Exception as error:
+            self._fail(error)
+            return
+        self._pulled += 1
+        if self._pulled >= self._limit:
+            self._ended = "limit"
+
+    def _fail(self, error: Exception) -> None:
+        self._queue.append((error, None))
+        self._ended = "error"
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self.batches, self._ended = int(state["batches"]), state["ended"]
+        saved = _decode(state["state"])
+        if _has_position(self._loader) and state["kind"] == "exact":
+            self._restore(self._loader, saved)
+            if self._ended == "loader":
+                self._last_state = self._state = saved  # iterating would take the next pass away
+            else:
+                self._open()
+            return
+        if self._ended is not None:
+            self._state, self.resumed = saved, "exact"
+            return
+        self._open()
+        if _has_position(self._iterator) and state["kind"] == "exact":
+            self._restore(self._iterator, saved)
+            self._state = saved
+        else:
+            self._replay()
+
+    def _restore(self, part: Any, saved: Any) -> None:
+        try:
+            part.set_state(saved)
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"The loader ({type(self._loader).__name__}) did not take the position that it had saved: {error}\n"
+                "Fix: build the loader as it was built in the run that is resumed."
+            ) from error
+        self.resumed = "exact"
+
+    def _replay(self) -> None:
+        iterator: Any = self._iterator
+        for count in range(self.batches):
+            try:
+                next(iterator)
+            except StopIteration:
+                raise ConfigurationError(
+                    f"The loader ({type(self._loader).__name__}) cannot be brought back to batch {self.batches} of its "
+                    f"pass: it ended after {count}.\n"
+                    "Fix: resume with the data that the run was started with."
+                ) from None
+        self._state = self._position()
+        self.resumed = "replayed"
+
+
+def _has_position(part: Any) -> bool:
+    return callable(getattr(part, "get_state", None)) and callable(getattr(part, "set_state", None))
+
+
+def _encode(state: Any, loader: Any) -> Any:
+    if isinstance(state, bytes):  # grain.DataLoader
+        return {"bytes": state.decode("latin-1")}
+    try:
+        return json.loads(json.dumps(state, default=lambda value: np.asarray(value).tolist()))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"The position of the loader ({type(loader).__name__}) cannot be saved: {error}\n"
+            "Fix: let its get_state() return bytes or plain values (numbers, strings, lists, dicts)."
+        ) from error
+
+
+def _decode(state: Any) -> Any:
+    return state["bytes"].encode("latin-1") if isinstance(state, dict) and set(state) == {"bytes"} else state
