@@ -1,0 +1,1 @@
+"""What is compiled: knows arrays, steps and shapes, and nothing of epochs, callbacks or files."""

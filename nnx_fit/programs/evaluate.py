@@ -1,0 +1,147 @@
+"""The eval programs: one step of validation, test or prediction, which leaves the module as it was.
+
+The module's arrays are read, never donated. What an eval step may change (RNG streams, metric states, caches and what
+`eval_mutable` matches) is a scratch copy that goes from batch to batch; of it only the Variables come back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nnx_fit.metrics.capture import MetricTable, TooManyMetrics
+from nnx_fit.metrics.reduction import accumulate, empty
+from nnx_fit.programs.program import Program
+from nnx_fit.programs.step import run_hook
+from nnx_fit.state.filters import matches
+from nnx_fit.state.layout import Layout, Slot
+from nnx_fit.state.live import Live, copied
+
+HOOKS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+# Variables that an eval step may change by their nature.
+MUTABLE_TYPES = (nnx.metrics.MetricState, nnx.Cache, nnx.Intermediate)
+
+
+def is_mutable(slot: Slot, eval_mutable: Any, leaf: Any) -> bool:
+    """Whether an eval step may change a Variable."""
+    if slot.role in ("params", "rngs") or not issubclass(slot.type, nnx.Variable):
+        return False
+    return issubclass(slot.type, MUTABLE_TYPES) or (
+        eval_mutable is not None and matches(eval_mutable, slot.aliases, leaf)
+    )
+
+
+class EvalProgram:
+    """The program of one stage and one loader, with the scratch state it carries through a loop.
+
+    Args:
+        stage: `"validate"`, `"test"` or `"predict"`.
+        module: The live module.
+        graphdef: The module's graphdef in eval mode.
+        live: The module's values.
+        leaves: The module's Variables and arrays, in the layout's order.
+        dataloader_idx: Which of several loaders the program is for.
+        outputs: Return the step's outputs to the host.
+        compiled: Compile, or run eagerly.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        module: Any,
+        graphdef: nnx.GraphDef,
+        live: Live,
+        *,
+        dataloader_idx: int = 0,
+        outputs: bool = False,
+        compiled: bool = True,
+    ):
+        self._stage = stage
+        self._module = module
+        self._graphdef = graphdef
+        self._live = live
+        self._layout: Layout = live.layout
+        self._dataloader_idx = dataloader_idx
+        self._outputs = outputs
+        self.table = MetricTable()
+        hook = HOOKS[stage]
+        self._program = Program(f"The {hook}", self._body, self.table, compiled=compiled)
+        rngs = [slot for slot in self._layout.slots if slot.role == "rngs"]
+        self._mutable = [
+            slot
+            for slot, leaf in zip(self._layout.slots, live.leaves, strict=True)
+            if is_mutable(slot, module.eval_mutable, leaf)
+        ]
+        self._rng_positions = [i for slot in rngs for i in range(slot.start, slot.stop)]
+        self._mutable_positions = [i for slot in self._mutable for i in range(slot.start, slot.stop)]
+        self._scratch: list[Any] = []
+
+    @property
+    def sentinel(self) -> Any:
+        """Counts and explains the program's compilations."""
+        return self._program.sentinel
+
+    def begin(self, global_step: int, epoch: int, rngs: list[Any] | None = None) -> None:
+        """Starts a loop from the module's current values.
+
+        Args:
+            global_step: Updates completed.
+            epoch: Index of the epoch.
+            rngs: RNG scratch of the loader before this one, to go on from; by default the module's own streams.
+        """
+        arrays = self._live.collect()
+        own = [arrays[i] for i in self._rng_positions]
+        mutable = [arrays[i] for i in self._mutable_positions]
+        counters = jnp.array([global_step, epoch, 0], jnp.int32)
+        self._scratch = copied([*(rngs or own), *mutable, counters, empty(self.table.capacity)])
+
+    def run(self, batch: Any) -> tuple[Any, Any]:
+        """Dispatches one step; returns its packed metrics and outputs without waiting for them."""
+        try:
+            self._scratch, (packed, outputs) = self._program(self._scratch, self._live.collect(), batch)
+        except TooManyMetrics:
+            old = np.asarray(self._scratch[-1])
+            self.table.grow()
+            self._scratch[-1] = jnp.asarray(np.pad(old, ((0, 0), (0, self.table.capacity - old.shape[1]))))
+            return self.run(batch)
+        return packed, outputs
+
+    @property
+    def accumulators(self) -> Any:
+        """The loop's metrics so far."""
+        return self._scratch[-1]
+
+    @property
+    def rngs(self) -> list[Any]:
+        """The RNG scratch after the loop."""
+        return self._scratch[: len(self._rng_positions)]
+
+    def finish(self) -> None:
+        """Ends the loop: what an eval step may change comes back into the module, RNG streams do not."""
+        if not self._mutable_positions:
+            return
+        arrays = list(self._live.collect())
+        start = len(self._rng_positions)
+        for offset, position in enumerate(self._mutable_positions):
+            arrays[position] = self._scratch[start + offset]
+        self._live.replace(arrays)
+
+    def _body(self, scratch: list[Any], arrays: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        positions = [*self._rng_positions, *self._mutable_positions]
+        counters, accumulators = scratch[-2:]
+        current = list(arrays)
+        for position, value in zip(positions, scratch[:-2], strict=True):
+            current[position] = value
+        module = self._layout.merge(self._graphdef, current)
+        hook = HOOKS[self._stage]
+        result = run_hook(hook, self._stage, module, self._module, batch, counters, self._dataloader_idx)
+        after = self._layout.arrays_of(module, step=hook)
+        packed = self.table.pack(result.metrics, result.specs)
+        new_counters = counters + np.array([0, 0, 1], np.int32)
+        new_scratch = [after[position] for position in positions]
+        outputs = result.output if self._outputs else None
+        return [*new_scratch, new_counters, accumulate(accumulators, packed, self.table)], (packed, outputs)
