@@ -1,0 +1,1 @@
+"""What happens when: plain control flow, with no JAX in it."""

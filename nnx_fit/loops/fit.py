@@ -1,0 +1,240 @@
+"""The fit loop: epochs, steps, validation where it is due, and every reason to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from nnx_fit.errors import ConfigurationError
+from nnx_fit.loops.funnel import Funnel
+from nnx_fit.loops.progress import Control, Interrupted, Progress
+from nnx_fit.metrics.ledger import Ledger
+from nnx_fit.options import Options
+
+
+class Steps(Protocol):
+    """What the loop needs of the train program."""
+
+    table: Any
+
+    @property
+    def accumulators(self) -> Any:
+        """The epoch's metrics so far."""
+
+    def run(self, batch: Any, step: int) -> tuple[Any, Any]:
+        """Dispatches one step; returns its packed metrics and its outputs."""
+        ...
+
+    def set_counters(self, global_step: int, epoch: int, batch_idx: int) -> None:
+        """Sets what the next step sees."""
+
+    def reset_accumulators(self) -> None:
+        """Starts a new epoch of metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationPlan:
+    """When a fit validates.
+
+    Attributes:
+        run: Runs the validation loop, or `None` when there is none. Its argument is called when all is recorded.
+        every_batches: Number of training batches between validations, or `None` for the end of the epoch.
+        every_epochs: Number of epochs between validations; `None` counts batches across epochs.
+    """
+
+    run: Callable[[Callable[[], None]], Any] | None
+    every_batches: int | None = None
+    every_epochs: int | None = 1
+
+    def due_after_batch(self, progress: Progress) -> bool:
+        """Whether to validate after the batch that was just trained on."""
+        if self.run is None or self.every_batches is None:
+            return False
+        if self.every_epochs is None:
+            return progress.batches % self.every_batches == 0
+        return progress.batch_idx % self.every_batches == 0 and self._epoch_due(progress)
+
+    def due_after_epoch(self, progress: Progress) -> bool:
+        """Whether to validate at the end of the epoch."""
+        return self.run is not None and self.every_batches is None and self._epoch_due(progress)
+
+    def _epoch_due(self, progress: Progress) -> bool:
+        return self.every_epochs is not None and (progress.epoch + 1) % self.every_epochs == 0
+
+
+class FitLoop:
+    """Runs the epochs of a fit.
+
+    Args:
+        options: What was asked for.
+        progress: Where the run is; the loop alone changes it.
+        control: Requests to stop.
+        funnel: Calls hooks.
+        ledger: Takes metrics.
+        steps: The train program.
+        open_batches: Opens one pass over the training data, in an epoch from a batch index.
+        validation: When and how to validate.
+        on_first_step: Called when a first step was made, or at the end if there was none to make.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        progress: Progress,
+        control: Control,
+        funnel: Funnel,
+        ledger: Ledger,
+        steps: Steps,
+        open_batches: Callable[[], Any],
+        validation: ValidationPlan,
+        on_first_step: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._options = options
+        self._progress = progress
+        self._control = control
+        self._funnel = funnel
+        self._ledger = ledger
+        self._steps = steps
+        self._open_batches = open_batches
+        self._validation = validation
+        self._on_first_step: Callable[[], None] | None = on_first_step
+        self._clock = clock
+        self._deadline = None if options.max_time is None else clock() + options.max_time
+
+    def run(self) -> None:
+        """Trains until a bound is reached, somebody stops it, or a signal ends it."""
+        self._funnel.call("on_train_start")
+        if self._progress.epoch_recorded:
+            self._ledger.log_host_epoch("train", self._progress.global_step)
+            self._next_epoch()
+        while not self._finished():
+            self._epoch()
+        self._begin()
+        self._ledger.drain()
+        self._funnel.call("on_train_end")
+
+    def _finished(self) -> bool:
+        progress, options = self._progress, self._options
+        if options.limit_train_batches == 0:
+            return True
+        return progress.epoch >= options.epoch_limit or self._stopped()
+
+    def _stopped(self) -> bool:
+        """Whether training ends before the next step, for a reason other than the number of epochs."""
+        if self._progress.global_step >= self._options.step_limit:
+            return True
+        if self._deadline is not None and not self._control.should_stop and self._clock() >= self._deadline:
+            self._control.should_stop, self._control.stop_reason = True, "max_time was reached"
+        return self._control.should_stop and self._minimum_reached()
+
+    def _minimum_reached(self) -> bool:
+        options, progress = self._options, self._progress
+        return progress.epoch >= (options.min_epochs or 0) and progress.global_step >= (options.min_steps or 0)
+
+    def _epoch(self) -> None:
+        progress = self._progress
+        if not progress.in_epoch:
+            progress.batch_idx = 0
+            self._steps.reset_accumulators()
+        self._steps.set_counters(progress.global_step, progress.epoch, progress.batch_idx)
+        self._funnel.call("on_train_epoch_start")
+        batches = self._open_batches()
+        progress.in_epoch = True
+        try:
+            if progress.batch_idx:
+                self._catch_up()
+            complete = self._batches(batches)
+        finally:
+            batches.close()
+        self._end_epoch(complete)
+
+    def _catch_up(self) -> None:
+        """Does what a run that was saved between a batch and its log point or validation had still to do."""
+        progress, log_every = self._progress, self._options.log_every_n_steps
+        if log_every and progress.global_step % log_every == 0:
+            self._ledger.log_host_step(progress.global_step)
+        if progress.validated_step != progress.global_step and self._validation.due_after_batch(progress):
+            self._validate()
+
+    def _batches(self, batches: Any) -> bool:
+        """Trains on the batches of an epoch; returns whether it got to the end of them."""
+        funnel, ledger, progress, steps = self._funnel, self._ledger, self._progress, self._steps
+        starts, ends = funnel.overridden("on_train_batch_start"), funnel.overridden("on_train_batch_end")
+        log_every = self._options.log_every_n_steps
+        table = steps.table
+        for batch in batches:
+            batch_idx = progress.batch_idx
+            if starts and any(map(_skips, funnel.call("on_train_batch_start", batch.full, batch_idx))):
+                return True
+            step = progress.global_step + 1
+            packed, outputs = steps.run(batch.numeric, step)
+            if self._on_first_step is not None:
+                self._begin()
+            progress.global_step = step
+            progress.batch_idx += 1
+            progress.batches += 1
+            ledger.step(table, packed)
+            logs = log_every and step % log_every == 0
+            if logs:
+                ledger.log_step(step)
+            if ends:
+                funnel.call("on_train_batch_end", outputs, batch.full, batch_idx)
+            if logs:
+                ledger.log_host_step(step)
+            if ledger.pending:
+                ledger.poll()
+            if self._validation.due_after_batch(progress):
+                self._validate()
+            if self._control.signal is not None:
+                raise Interrupted(self._control.signal)
+            if self._stopped():
+                return batches.exhausted
+        if progress.batch_idx == 0:
+            raise ConfigurationError(
+                "The training loader yielded no batch, so no step can be made.\n"
+                "Fix: check that the data is not empty and that batch_size (with drop_last) leaves at least one batch."
+            )
+        return True
+
+    def _begin(self) -> None:
+        begin, self._on_first_step = self._on_first_step, None
+        if begin is not None:
+            begin()
+
+    def _end_epoch(self, complete: bool) -> None:
+        progress, plan = self._progress, self._validation
+        due = plan.due_after_epoch(progress) if complete else plan.run is not None
+        if due and progress.validated_step != progress.global_step:
+            self._validate()
+        self._ledger.log_epoch(progress.global_step, self._steps.table, self._steps.accumulators, str)
+        progress.epoch_recorded = complete
+        self._funnel.call("on_train_epoch_end", phases=("before",))
+        self._ledger.log_host_epoch("train", progress.global_step)
+        self._funnel.call("on_train_epoch_end", phases=("decide", "save"))
+        if complete:
+            self._next_epoch()
+        self._ledger.poll()
+        if self._control.signal is not None:
+            raise Interrupted(self._control.signal)
+
+    def _next_epoch(self) -> None:
+        self._progress.epoch += 1
+        self._progress.in_epoch = self._progress.epoch_recorded = False
+
+    def _validate(self) -> None:
+        progress = self._progress
+
+        def recorded() -> None:
+            progress.validated_step = progress.global_step
+
+        assert self._validation.run is not None
+        self._validation.run(recorded)
+
+
+def _skips(answer: Any) -> bool:
+    """Whether a hook skips the rest of the epoch: Lightning's way is to return -1."""
+    return isinstance(answer, int) and answer == -1

@@ -1,0 +1,67 @@
+"""`Progress`: the one record of where a run is, owned by the fit loop and saved as it is. `Control`: how to end it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        global_step: Completed updates.
+        epoch: Completed epochs; while an epoch runs, its index.
+        batch_idx: Batches of the epoch that are done.
+        batches: Batches done in all epochs.
+        validated_step: `global_step` of the last validation, -1 before the first.
+        in_epoch: Whether an epoch is under way.
+        epoch_recorded: Whether its metrics are recorded and its last hook was called, which must not come again when a
+            run continues.
+    """
+
+    global_step: int = 0
+    epoch: int = 0
+    batch_idx: int = 0
+    batches: int = 0
+    validated_step: int = -1
+    in_epoch: bool = False
+    epoch_recorded: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record as a plain dict."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, type(getattr(self, field.name))(state[field.name]))
+
+
+@dataclasses.dataclass
+class Control:
+    """Requests to end a run early; the loop acts on them between two steps.
+
+    Attributes:
+        should_stop: Whether to stop once `min_epochs` and `min_steps` are reached.
+        stop_reason: Why, for the user.
+        signal: Number of the signal that asked to end now, or `None`.
+    """
+
+    should_stop: bool = False
+    stop_reason: str | None = None
+    signal: int | None = None
+
+
+class Interrupted(BaseException):
+    """Ends the loop after a signal, at a point where everything is consistent.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
