@@ -1,0 +1,1 @@
+"""Callbacks: behaviour that can be added to a run, one file per callback."""

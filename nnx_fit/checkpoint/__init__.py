@@ -1,0 +1,1 @@
+"""Checkpoints: what is saved, how it is written to disk and how it comes back."""

@@ -1,0 +1,122 @@
+"""CheckpointShelf: names, what is displaced, and what a continued run takes over."""
+
+import json
+
+import pytest
+
+from nnx_fit.callbacks.checkpoint_shelf import CheckpointShelf
+from nnx_fit.callbacks.top_k import TopK
+from nnx_fit.checkpoint.directories import is_complete
+
+
+def complete(path, step=0):
+    """What a finished save leaves, as far as the shelf can tell."""
+    (path / "meta").mkdir(parents=True)
+    document = {"format": 1, "index": {}, "meta": {"global_step": step}}
+    (path / "meta" / "meta.json").write_text(json.dumps(document))
+    (path / "commit_success.txt").write_text("")
+    return path
+
+
+def shelf(directory, k=1):
+    return CheckpointShelf(directory, "{step}", TopK(k, "min"))
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_nothing_is_deleted_before_its_successor_is_complete(tmp_path):
+    mine = shelf(tmp_path)
+    complete(mine.place(2.0, {"step": 1}))
+    new = mine.place(1.0, {"step": 2})
+    mine.tidy()
+    assert names(tmp_path) == ["step=1"] and mine.waiting
+    complete(new)
+    mine.tidy()
+    assert names(tmp_path) == ["step=2"] and not mine.waiting
+
+
+def test_last_goes_when_a_newer_checkpoint_is_complete(tmp_path):
+    mine = shelf(tmp_path)
+    complete(mine.place(1.0, {"step": 1}))
+    assert mine.place(2.0, {"step": 2}) is None
+    complete(mine.place_last())
+    assert mine.place_last() == tmp_path / "last"
+    complete(mine.place(0.5, {"step": 3}))
+    mine.tidy()
+    assert names(tmp_path) == ["step=3"] and mine.last is None
+
+
+def test_origin_is_not_deleted_when_it_is_displaced(tmp_path):
+    first = shelf(tmp_path)
+    origin = complete(first.place(2.0, {"step": 1}))
+    second = shelf(tmp_path)
+    second.load_state_dict(first.state_dict())
+    second.origin = origin
+    complete(second.place(1.0, {"step": 2}))
+    second.tidy()
+    assert names(tmp_path) == ["step=1", "step=2"]
+
+
+def test_continued_run_replaces_what_it_reaches_again(tmp_path):
+    first = shelf(tmp_path, k=-1)
+    complete(first.place(2.0, {"step": 1}))
+    state = first.state_dict()
+    complete(first.place(1.0, {"step": 2}))
+    second = shelf(tmp_path, k=-1)
+    second.load_state_dict(state)
+    second.origin = tmp_path / "step=1"
+    assert second.place(1.0, {"step": 2}) == tmp_path / "step=2"
+    assert second.place(1.0, {"step": 1}) == tmp_path / "step=1-v1"
+
+
+def test_continued_run_deletes_what_the_first_had_no_time_to(tmp_path):
+    first = shelf(tmp_path)
+    complete(first.place(2.0, {"step": 1}))
+    new = first.place(1.0, {"step": 2})
+    state = first.state_dict()
+    complete(new)
+    second = shelf(tmp_path)
+    second.load_state_dict(state)
+    second.tidy()
+    assert names(tmp_path) == ["step=2"]
+    assert second.best == (str(tmp_path / "step=2"), 1.0)
+
+
+@pytest.mark.parametrize("with_best", [True, False])
+def test_run_directory_may_have_moved(tmp_path, with_best):
+    first = shelf(tmp_path / "old")
+    best = complete(first.place(1.0, {"step": 1}))
+    complete(first.place_last(), step=5)
+    state = first.state_dict()
+    (tmp_path / "old").rename(tmp_path / "new")
+    if not with_best:
+        (tmp_path / "new" / best.name / "commit_success.txt").unlink()
+    second = shelf(tmp_path / "new")
+    second.load_state_dict(state)
+    assert second.last == tmp_path / "new" / "last"
+    assert second.best[1] == (1.0 if with_best else None)
+
+
+def test_best_of_another_directory_counts_while_it_exists(tmp_path):
+    first = shelf(tmp_path / "a")
+    best = complete(first.place(1.0, {"step": 1}))
+    second = shelf(tmp_path / "b")
+    second.load_state_dict(first.state_dict())
+    complete(second.place(2.0, {"step": 2}))
+    assert second.best == (str(best), 1.0)
+    complete(second.place(0.5, {"step": 3}))
+    second.tidy()
+    assert second.best == (str(tmp_path / "b" / "step=3"), 0.5)
+    assert is_complete(best) and names(tmp_path / "b") == ["step=3"]
+
+
+def test_origin_that_is_last_makes_room_once(tmp_path):
+    mine = shelf(tmp_path)
+    complete(tmp_path / "last", step=7)
+    mine.load_state_dict(shelf(tmp_path).state_dict())
+    mine.origin = tmp_path / "last"
+    complete(mine.place_last(), step=8)
+    assert mine.place_last() == tmp_path / "last"
+    assert names(tmp_path) == ["last", "resumed-step=7"]

@@ -1,0 +1,121 @@
+"""Checkpoint directories: completeness, order, replacement, deletion."""
+
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+from nnx_fit.checkpoint import directories
+from nnx_fit.checkpoint.store import (
+    CheckpointStore,
+    delete_checkpoint,
+    find_checkpoints,
+    is_complete,
+    load_arrays,
+    load_meta,
+)
+from nnx_fit.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """One real checkpoint for each of three steps, saved once for the whole file."""
+    directory = tmp_path_factory.mktemp("template")
+    store = CheckpointStore()
+    for step in (1, 2, 3):
+        store.save(directory / f"step{step}", {"a": {"x": jnp.full(3, step)}}, {"global_step": step}, asynchronous=True)
+    store.close()
+    return directory
+
+
+@pytest.fixture
+def make(template, tmp_path):
+    def copy(step, name):
+        return shutil.copytree(template / f"step{step}", tmp_path / name)
+
+    return copy
+
+
+def test_found_checkpoints_are_complete_and_newest_first(make, tmp_path):
+    make(2, "b")
+    make(3, "a")
+    make(1, "c")
+    make(3, "x.orbax-checkpoint-tmp")
+    (make(3, "killed") / "commit_success.txt").unlink()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "file").write_text("")
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["a", "b", "c"]
+    assert find_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_checkpoint_with_unreadable_values_is_passed_over_with_a_report(make, tmp_path, caplog):
+    make(1, "good")
+    (make(3, "bad") / "meta" / "meta.json").write_text('{"format": 1, "ind')
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["good"]
+    assert "bad is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", r"There is no checkpoint at .*nowhere(.|\n)*complete checkpoints in .*: good"),
+        ("file", r"file is a file; a checkpoint is a directory"),
+        ("other", r"other is not a checkpoint of nnx_fit"),
+        ("killed", r"killed is incomplete: the process that wrote it ended"),
+        ("future", r"future has format 99; .* update nnx_fit"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_the_reason(make, tmp_path, name, message):
+    make(1, "good")
+    (make(2, "killed") / "commit_success.txt").unlink()
+    meta = make(2, "future") / "meta" / "meta.json"
+    meta.write_text(meta.read_text().replace('"format": 1', '"format": 99').replace('"format":1', '"format":99'))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "file").write_text("")
+    for load in (load_meta, load_arrays):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / name)
+
+
+def test_deleted_checkpoint_stops_counting_first(make, tmp_path, monkeypatch):
+    path = make(1, "a")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directories.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            delete_checkpoint(path)
+    assert path.exists() and not is_complete(path)
+    delete_checkpoint(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_kill_at_any_moment_of_a_replacement_loses_nothing(make, tmp_path, monkeypatch, moment):
+    """Step 3 takes the place of step 1; the process dies before its n-th change to the disk."""
+    make(1, "last")
+    new = make(3, "last.nnx-fit-next")
+    changes = 0
+
+    def counted(change):
+        def run(*args, **kwargs):
+            nonlocal changes
+            changes += 1
+            if changes > moment:
+                raise KeyboardInterrupt
+            return change(*args, **kwargs)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directories.Path, "rename", counted(directories.Path.rename))
+        patch.setattr(directories.Path, "unlink", counted(directories.Path.unlink))
+        patch.setattr(directories.shutil, "rmtree", counted(directories.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            directories.take_place(new, tmp_path / "last")
+    assert load_meta(find_checkpoints(tmp_path)[0]) == {"global_step": 3}
+    directories.settle(tmp_path / "last")
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    assert load_meta(tmp_path / "last") == {"global_step": 3}
