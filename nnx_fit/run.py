@@ -1,0 +1,229 @@
+"""`Run`: everything one verb of the Trainer works with, built once, and what its module may ask about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flax import nnx
+
+from nnx_fit import scope
+from nnx_fit.callbacks.callback import Callback
+from nnx_fit.data.sources import Source
+from nnx_fit.errors import StateError
+from nnx_fit.loops.evaluate import HOOK_STAGE, EvalLoop
+from nnx_fit.loops.funnel import Funnel
+from nnx_fit.loops.progress import Control, Progress
+from nnx_fit.metrics.ledger import Ledger
+from nnx_fit.optimizers import BoundOptimizer
+from nnx_fit.options import Options
+from nnx_fit.programs.evaluate import EvalProgram
+from nnx_fit.programs.train import TrainOptions, TrainProgram
+from nnx_fit.state import graph
+from nnx_fit.state.filters import matches
+from nnx_fit.state.layout import Layout
+from nnx_fit.state.live import Live
+from nnx_fit.state.modes import marked, set_mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an eval loop leaves.
+
+    Attributes:
+        programs: The program of each loader, with its metrics on the device.
+        names: Suffix of each loader's metric names.
+        logged: What host hooks logged.
+    """
+
+    programs: Sequence[EvalProgram]
+    names: Sequence[str]
+    logged: Mapping[str, float]
+
+
+class Run:
+    """The working set of one verb.
+
+    Args:
+        trainer: The Trainer, for callbacks.
+        module: The user's module.
+        verb: `"fit"`, `"validate"`, `"test"` or `"predict"`.
+        options: What was asked for.
+        callbacks: Callbacks in list order.
+        progress: Where the run is.
+        control: Requests to stop.
+        ledger: Takes metrics.
+
+    Attributes:
+        stage: What is going on: `"sanity"`, `"train"`, `"validate"`, `"test"`, `"predict"`, or `None`.
+        funnel: Calls hooks.
+        live: The module's values, once `build` was called.
+        train_program: The train program of a fit.
+        trainable: NNX filter of what trains; `None` for the module's own.
+        batches: The pass over the training data that is under way.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        verb: str,
+        options: Options,
+        callbacks: Sequence[Callback],
+        progress: Progress,
+        control: Control,
+        ledger: Ledger,
+    ):
+        self.trainer = trainer
+        self.module = module
+        self.verb = verb
+        self.options = options
+        self.callbacks = list(callbacks)
+        self.progress = progress
+        self.control = control
+        self.ledger = ledger
+        self.stage: str | None = None
+        self.funnel = Funnel(trainer, module, callbacks, self.show)
+        self.live: Live | None = None
+        self.train_program: TrainProgram | None = None
+        self.trainable: Any = None
+        self.batches: Any = None
+        self._graphdefs: dict[bool, nnx.GraphDef] = {}
+        self._eval_programs: dict[tuple[str, int], EvalProgram] = {}
+        scope.attach(module, self)
+
+    @property
+    def training(self) -> bool:
+        """Whether the stage is the one that trains."""
+        return self.stage == "train"
+
+    @property
+    def global_step(self) -> int:
+        """Completed updates."""
+        return self.progress.global_step
+
+    @property
+    def current_epoch(self) -> int:
+        """Completed epochs; inside an epoch, its index."""
+        return self.progress.epoch
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """`self.log` in a host hook."""
+        defaults = self.funnel.log_defaults(name, options.get("on_step"))
+        kind = "train" if self.stage == "train" else "eval"
+        self.ledger.host[kind].log(name, value, defaults, **options)
+
+    def build(self) -> Live:
+        """Takes the module over as it is now: its layout, its values, and its graphdef in each mode."""
+        module = self.module
+        for training in (True, False):
+            saved = set_mode(module, training, module.eval_modules)
+            try:
+                with marked(module, training, module.eval_modules):
+                    self._graphdefs[training], _ = graph.flatten(module)
+            finally:
+                saved.restore()
+        self.live = Live(module, Layout.of(module, module.trainable if self.trainable is None else self.trainable))
+        return self.live
+
+    def build_train_program(self, optimizer: BoundOptimizer) -> TrainProgram:
+        """Builds the train program; the optimizer's state is made here."""
+        assert self.live is not None
+        options = TrainOptions(
+            compiled=self.options.jit,
+            outputs=self.funnel.overridden("on_train_batch_end"),
+            detect_nonfinite=self.options.detect_nonfinite,
+            monitors=tuple(
+                callback.step_metrics
+                for callback in self.callbacks
+                if type(callback).step_metrics is not Callback.step_metrics
+            ),
+        )
+        self.train_program = TrainProgram(self.module, self._graphdefs[True], self.live, optimizer, options)
+        return self.train_program
+
+    @contextmanager
+    def staged(self, stage: str) -> Iterator[None]:
+        """Makes a stage the current one and puts the live module into its mode while the block runs."""
+        outer, self.stage = self.stage, stage
+        saved = set_mode(self.module, stage == "train", self.module.eval_modules)
+        try:
+            yield
+        finally:
+            saved.restore()
+            self.stage = outer
+
+    def evaluate(
+        self,
+        stage: str,
+        source: Source,
+        *,
+        sanity: int | None = None,
+        keep: Callable[[int, Any], None] | None = None,
+        recorded: Callable[[], None] | None = None,
+    ) -> Evaluation:
+        """Runs one eval loop.
+
+        Args:
+            stage: `"validate"`, `"test"` or `"predict"`.
+            source: The loaders.
+            sanity: Number of batches of a sanity check, which records nothing.
+            keep: Takes each batch's outputs, with the index of its loader.
+            recorded: Called once everything is recorded, before the last hook.
+        """
+        programs = [self._eval_program(stage, index, keep is not None) for index in range(len(source.loaders))]
+        loop = EvalLoop(
+            stage,
+            self.progress,
+            self.control,
+            self.funnel,
+            self.ledger,
+            programs,
+            lambda index: source.open(index, limit=sanity),
+            source.names,
+        )
+        with self.staged("sanity" if sanity is not None else stage):
+            logged = loop.run(record=sanity is None, keep=keep, recorded=recorded)
+        return Evaluation(programs, source.names, logged)
+
+    def show(self) -> None:
+        """Brings the module's Variables up to date.
+
+        Raises:
+            StateError: A step failed on the device and took them with it. Said once, so that the last hooks still run.
+        """
+        try:
+            if self.live is not None:
+                self.live.show()
+        except StateError:
+            self.live = None
+            raise
+
+    def peek(self, selector: Any) -> dict[str, Any]:
+        """The live arrays of the Variables that a filter matches, by path; the next step donates them."""
+        if self.live is None:
+            return {}
+        found: dict[str, Any] = {}
+        arrays = self.live.collect()
+        for slot, leaf in zip(self.live.layout.slots, self.live.leaves, strict=True):
+            if matches(selector, slot.aliases, leaf):
+                values = slot.typed(arrays[slot.start : slot.stop])
+                several = len(values) > 1
+                found |= {f"{slot.name}[{i}]" if several else slot.name: value for i, value in enumerate(values)}
+        return found
+
+    def _eval_program(self, stage: str, index: int, keep: bool) -> EvalProgram:
+        if (stage, index) not in self._eval_programs:
+            assert self.live is not None
+            self._eval_programs[stage, index] = EvalProgram(
+                stage,
+                self.module,
+                self._graphdefs[False],
+                self.live,
+                dataloader_idx=index,
+                outputs=keep or self.funnel.overridden(f"on_{HOOK_STAGE[stage]}_batch_end"),
+                compiled=self.options.jit,
+            )
+        return self._eval_programs[stage, index]

@@ -1,0 +1,411 @@
+"""`Trainer`: checks its arguments, wires the parts together, and offers the verbs."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnx_fit import verbs
+from nnx_fit.callbacks.callback import Callback
+from nnx_fit.callbacks.defaults import with_defaults
+from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint
+from nnx_fit.checkpoint.saving import Checkpoints
+from nnx_fit.data.datamodule import DataModule
+from nnx_fit.data.sources import Source, find_loaders, make_source
+from nnx_fit.errors import ConfigurationError
+from nnx_fit.loggers.fan_out import FanOut
+from nnx_fit.loggers.logger import Logger
+from nnx_fit.loggers.tensorboard import TensorBoardLogger
+from nnx_fit.loops.progress import Control, Progress
+from nnx_fit.metrics.history import History
+from nnx_fit.metrics.ledger import Ledger
+from nnx_fit.module import FitModule
+from nnx_fit.options import make_options
+from nnx_fit.run import Run
+from nnx_fit.trainer_views import TrainerViews
+
+
+class Trainer(TrainerViews):
+    """Runs a `FitModule`: trains, validates, tests, predicts.
+
+    Every argument is keyword-only. A float limit is a fraction (1.0 is all), an int a count, 0 disables.
+
+    Args:
+        max_epochs: Number of epochs; -1 for no limit. `None` with no other bound means 1000, and warns.
+        min_epochs: Epochs to train before anything but a hard bound may stop the run.
+        max_steps: Number of updates; -1 for no limit.
+        min_steps: Updates to make before anything but a hard bound may stop the run.
+        max_time: Training time: `"DD:HH:MM:SS"`, a `timedelta`, or a dict of its arguments.
+        limit_train_batches: Batches of an epoch.
+        limit_val_batches: Batches of a validation, of each loader.
+        limit_test_batches: Batches of a test, of each loader.
+        limit_predict_batches: Batches of a prediction, of each loader.
+        overfit_batches: Train and validate on these few batches, the same in every epoch.
+        fast_dev_run: Run 1 (or this many) batches of everything once, and write nothing.
+        num_sanity_val_steps: Validation batches to run before training; -1 for all.
+        val_check_interval: Validate after this fraction of an epoch, or this many training batches.
+        check_val_every_n_epoch: Validate in every n-th epoch; `None` lets `val_check_interval` count across epochs.
+        log_every_n_steps: Updates between two records of step metrics; 0 for none.
+        steps_per_call: Updates in one compiled call.
+        accumulate_grad_batches: Batches accumulated into one update.
+        gradient_clip_val: Bound for gradients.
+        gradient_clip_algorithm: What is bounded: `"norm"` or `"value"`.
+        precision: Arithmetic of the step.
+        optimizer: What `configure_optimizers` may return, or a callable of the estimated number of steps that returns
+            it; for modules that do not override that method.
+        callbacks: A callback or a list of them.
+        logger: `True` for a `TensorBoardLogger`, `False` for none, a logger or a list of them.
+        default_root_dir: Directory of the run; by default `outputs/<date>/<time>-<id>`.
+        enable_checkpointing: Add a `ModelCheckpoint` if there is none.
+        enable_progress_bar: Add a `RichProgressBar` if there is none.
+        enable_model_summary: Add a `ModelSummary` if there is none.
+        state_guard: What to do about state that a step should not change.
+        detect_nonfinite: Check every value of each step, and stop at the first that is NaN or infinite. Waits for
+            each step: for debugging.
+        deterministic: Reproducible kernels on GPU.
+        profiler: Profiler.
+        barebones: Switch off everything that is not training.
+        jit: Compile the steps; `False` runs them eagerly, for debugging.
+        strategy: How arrays are spread over devices.
+        devices: Which devices to use.
+        reload_dataloaders_every_n_epochs: Ask for new loaders in every n-th epoch.
+
+    Raises:
+        ConfigurationError: An argument is invalid or contradicts another one.
+
+    Attributes:
+        options: The plain arguments, validated.
+        callbacks: All callbacks, those added by default included.
+        loggers: All loggers.
+        history: Every logged value of the last `fit`.
+        settings: What `fit` logs as hyperparameters; by default, when it is empty, the module's `hparams`.
+        interrupted: Whether a signal ended the last `fit`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: Any = None,
+        limit_train_batches: int | float = 1.0,
+        limit_val_batches: int | float = 1.0,
+        limit_test_batches: int | float = 1.0,
+        limit_predict_batches: int | float = 1.0,
+        overfit_batches: int | float = 0.0,
+        fast_dev_run: int | bool = False,
+        num_sanity_val_steps: int = 2,
+        val_check_interval: int | float = 1.0,
+        check_val_every_n_epoch: int | None = 1,
+        log_every_n_steps: int = 50,
+        steps_per_call: int | str = "auto",
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "norm",
+        precision: str | int = "32",
+        optimizer: Any = None,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        logger: Logger | Sequence[Logger] | bool | None = True,
+        default_root_dir: str | Path | None = None,
+        enable_checkpointing: bool = True,
+        enable_progress_bar: bool = True,
+        enable_model_summary: bool = True,
+        state_guard: str = "error",
+        detect_nonfinite: bool = False,
+        deterministic: bool = False,
+        profiler: Any = None,
+        barebones: bool = False,
+        jit: bool = True,
+        strategy: Any = "auto",
+        devices: int | str = "auto",
+        reload_dataloaders_every_n_epochs: int = 0,
+    ):
+        arguments = dict(locals())
+        for name in ("self", "optimizer", "callbacks", "logger", "default_root_dir"):
+            del arguments[name]
+        self.options = make_options(**arguments)
+        verbs.check_optimizer_setting(optimizer)
+        self._optimizer = optimizer
+        self.default_root_dir = Path(default_root_dir) if default_root_dir is not None else _own_directory()
+        writes = not (self.options.barebones or self.options.fast_dev_run)
+        self._fan_out = FanOut(_make_loggers(logger if writes else False, self.default_root_dir))
+        self.callbacks = with_defaults(callbacks, self.options, self.loggers)
+        self._checkpoints = Checkpoints()
+        self._progress = Progress()
+        self._control = Control()
+        self.history = History()
+        self._ledger = Ledger(self.history, self._publish)
+        self._run: Run | None = None
+        self.datamodule: Any = None
+        self.settings: dict[str, Any] = {}
+        self.interrupted = False
+        self.num_training_batches: int | float = 0
+        self.num_val_batches: list[int | float] = []
+        self.num_test_batches: list[int | float] = []
+        self.num_predict_batches: list[int | float] = []
+        self.estimated_steps: int | float = 0
+        self._publishing = False
+
+    def fit(
+        self,
+        module: FitModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+    ) -> History:
+        """Trains a module.
+
+        Args:
+            module: The module; it holds the trained values afterwards.
+            train_dataloaders: Training data: a re-iterable of batches.
+            val_dataloaders: Validation data, or a list or dict of loaders; without it there is no validation.
+            datamodule: A `DataModule` instead of loaders.
+            ckpt_path: Continue from this checkpoint: a path, `"last"` or `"best"`.
+
+        Returns:
+            Every logged value with its step.
+
+        Raises:
+            ConfigurationError: Something does not fit together; the module is unchanged.
+            KeyboardInterrupt: After SIGINT, once everything is saved and consistent.
+        """
+        datamodule, train_dataloaders = _as_datamodule(train_dataloaders, datamodule)
+        _check_module(module, "training_step", "fit")
+        self._progress, self._control = Progress(), Control()
+        self.history = History()
+        self._ledger = Ledger(self.history, self._publish)
+        self.interrupted = False
+        run = self._start("fit", module, datamodule)
+        with verbs.session(run, datamodule, self._fan_out, self._note_interrupt, self.wait_for_checkpoints):
+            source = self._train_source(find_loaders("train", train_dataloaders, datamodule, module), module)
+            validation = self._val_source(module, val_dataloaders, datamodule)
+            self._plan = verbs.validation_plan(self.options, run, validation, self.num_training_batches)
+            checkpoint = self._checkpoints.open(ckpt_path, self)
+            self.resumed_from = str(checkpoint.path) if checkpoint is not None else None
+            has_own = type(module).configure_optimizers is not FitModule.configure_optimizers
+            optimizer = verbs.choose_optimizer(run, self._optimizer, self.estimated_steps, has_own)
+            run.trainable = optimizer.trainable
+            if ckpt_path is not None and checkpoint is None:
+                self._fan_out.continue_from(0)  # a fresh start where an earlier run may have logged
+            self._checkpoints.restore_host(checkpoint, run, self._fan_out, self.history)
+            log_settings = self._settings_record(module)
+            run.funnel.call("on_fit_start")
+            run.build()
+            run.build_train_program(optimizer)
+            position = self._checkpoints.restore_arrays(checkpoint, run)
+            verbs.sanity_check(run, validation)
+            verbs.train(run, source, self._plan, position, log_settings)
+            run.funnel.call("on_fit_end")
+        return self.history
+
+    def validate(
+        self,
+        module: FitModule,
+        dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+    ) -> list[dict[str, float]]:
+        """Runs validation; returns the metrics of each loader.
+
+        Args:
+            module: The module; unchanged afterwards, but for the weights of `ckpt_path`.
+            dataloaders: Validation data, or a list or dict of loaders.
+            datamodule: A `DataModule` instead of loaders.
+            ckpt_path: Load these weights first: a path, `"last"` or `"best"`.
+        """
+        return self._evaluate("validate", module, dataloaders, datamodule, ckpt_path)
+
+    def test(
+        self,
+        module: FitModule,
+        dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+    ) -> list[dict[str, float]]:
+        """Runs the test; arguments and result as in `validate`."""
+        return self._evaluate("test", module, dataloaders, datamodule, ckpt_path)
+
+    def predict(
+        self,
+        module: FitModule,
+        dataloaders: Any = None,
+        *,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+    ) -> list[Any]:
+        """Runs `predict_step` on every batch.
+
+        Args:
+            module: The module.
+            dataloaders: The data, or a list or dict of loaders.
+            datamodule: A `DataModule` instead of loaders.
+            ckpt_path: Load these weights first: a path, `"last"` or `"best"`.
+
+        Returns:
+            What each step returned, as NumPy arrays: one item for each batch, in lists of their own when there are
+            several loaders.
+        """
+        return self._evaluate("predict", module, dataloaders, datamodule, ckpt_path)
+
+    def save_checkpoint(self, path: str | Path, *, weights_only: bool = False, asynchronous: bool = False) -> None:
+        """Saves the run as it is now into a directory.
+
+        Args:
+            path: The directory; one that exists is replaced once the new one is complete.
+            weights_only: Leave out what only training needs.
+            asynchronous: Return once everything is copied to the host; `wait_for_checkpoints` waits for the disk.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        self._checkpoints.save(path, self._running(), self.history, weights_only=weights_only, wait=not asynchronous)
+
+    def wait_for_checkpoints(self) -> None:
+        """Waits until all asynchronous saves are on disk.
+
+        Raises:
+            CheckpointError: One of them could not be written.
+        """
+        self._checkpoints.wait()
+
+    def _evaluate(
+        self, verb: str, module: FitModule, dataloaders: Any, datamodule: Any, ckpt_path: str | Path | None
+    ) -> Any:
+        datamodule, dataloaders = _as_datamodule(dataloaders, datamodule)
+        _check_module(module, {"validate": "validation_step", "test": "test_step"}.get(verb), verb)
+        kind = {"validate": "val"}.get(verb, verb)
+        self._control = Control()
+        self._ledger.forget_host("eval")
+        run = self._start(verb, module, datamodule)
+        with verbs.session(run, datamodule, self._fan_out, self._note_interrupt, self.wait_for_checkpoints):
+            loaders = find_loaders(kind, dataloaders, datamodule, module)
+            if loaders is None:
+                raise ConfigurationError(
+                    f"Trainer.{verb} has no data. Fix: pass dataloaders=, or a datamodule with {kind}_dataloader()."
+                )
+            source = self._eval_source(kind, loaders)
+            if not any(source.limits):
+                return []
+            checkpoint = self._checkpoints.open(ckpt_path, self)
+            run.build()
+            self._checkpoints.restore_weights(checkpoint, run)
+            return verbs.predict(run, source) if verb == "predict" else verbs.evaluate(run, verb, source)
+
+    def _start(self, verb: str, module: FitModule, datamodule: Any) -> Run:
+        self.datamodule = datamodule
+        self._run = Run(self, module, verb, self.options, self.callbacks, self._progress, self._control, self._ledger)
+        return self._run
+
+    def _train_source(self, loaders: Any, module: Any) -> Source:
+        if loaders is None:
+            raise ConfigurationError(
+                "Trainer.fit has no training data. Fix: pass train_dataloaders=, or a datamodule with "
+                "train_dataloader()."
+            )
+        options = self.options
+        name = "overfit_batches" if options.overfit_batches else "limit_train_batches"
+        source = make_source(
+            "train", loaders, options.limit_train_batches, name, repeated=bool(options.overfit_batches)
+        )
+        self.num_training_batches = source.limits[0]
+        batches, epochs = self.num_training_batches, options.epoch_limit
+        self.estimated_steps = min(options.step_limit, batches * epochs if batches and epochs else 0)
+        return source
+
+    def _val_source(self, module: Any, given: Any, datamodule: Any) -> Source | None:
+        has_step = type(module).validation_step is not FitModule.validation_step
+        if not has_step and given is not None:
+            _check_module(module, "validation_step", "fit with val_dataloaders")
+        loaders = find_loaders("val", given, None if given is not None else datamodule, module) if has_step else None
+        if loaders is None or self.options.limit_val_batches == 0:
+            self.num_val_batches = []
+            return None
+        return self._eval_source("val", loaders)
+
+    def _eval_source(self, kind: str, loaders: Any) -> Source:
+        repeated = bool(self.options.overfit_batches) and kind == "val"
+        name = "overfit_batches" if repeated else f"limit_{kind}_batches"
+        source = make_source(kind, loaders, getattr(self.options, f"limit_{kind}_batches"), name, repeated=repeated)
+        setattr(self, f"num_{kind}_batches", source.limits)
+        return source
+
+    def _settings_record(self, module: FitModule) -> Callable[[], None]:
+        """What hands the run's settings to the loggers, as they are now."""
+        settings, table = self.settings or module.hparams, self.partition.table()
+
+        def log() -> None:
+            self._fan_out.log_hyperparams(settings)
+            self._fan_out.log_text("partition", f"```\n{table}\n```")
+
+        return log
+
+    def _publish(self, metrics: dict[str, float], step: int) -> None:
+        self._fan_out.log_metrics(metrics, step)
+
+    def _note_interrupt(self) -> None:
+        self.interrupted = True
+
+    def _running(self) -> Run:
+        if self._run is None or self._run.live is None:
+            raise ConfigurationError("There is nothing to save yet. Fix: call save_checkpoint in a hook, or after fit.")
+        return self._run
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """All loggers."""
+        return self._fan_out.loggers
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first `ModelCheckpoint`, if there is one."""
+        return next((callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)), None)
+
+
+def _own_directory() -> Path:
+    now = datetime.datetime.now()
+    return Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}-{secrets.token_hex(3)}")
+
+
+def _make_loggers(setting: Any, root: Path) -> list[Logger]:
+    if setting is None or setting is False:
+        return []
+    if setting is True:
+        return [TensorBoardLogger(root)]
+    loggers = list(setting) if isinstance(setting, Iterable) else [setting]
+    for logger in loggers:
+        if not isinstance(logger, Logger):
+            raise ConfigurationError(
+                f"Trainer(logger=...) got a {type(logger).__name__}, which is no logger.\n"
+                "Fix: pass True, False, an nnx_fit logger such as CSVLogger(...), or a list of them."
+            )
+    return loggers
+
+
+def _as_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
+    """A data module may stand where loaders do, as Lightning users write it."""
+    if isinstance(loaders, DataModule) and datamodule is None:
+        return loaders, None
+    return datamodule, loaders
+
+
+def _check_module(module: Any, hook: str | None, verb: str) -> None:
+    if not isinstance(module, FitModule):
+        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise ConfigurationError(
+            f"Trainer.{verb} got {what}, which is no FitModule.\n"
+            "Fix: pass an instance of a class that derives from nnx_fit.FitModule and has the step hooks."
+        )
+    if hook is not None and getattr(type(module), hook) is getattr(FitModule, hook):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no {hook}, which Trainer.{verb} needs.\n"
+            f"Fix: define `def {hook}(self, batch)`."
+        )
