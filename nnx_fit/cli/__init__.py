@@ -1,0 +1,1 @@
+"""The `nnx-fit` command. `main.py` is where it starts."""

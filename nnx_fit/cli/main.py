@@ -1,0 +1,91 @@
+"""`nnx-fit`: where the command starts.
+
+It puts the words in order, lets Hydra compose the config and run the job (once, or once for each job of a sweep), and
+turns what goes wrong into a few lines and an exit status. No JAX is imported before a job runs.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import TextIO, cast
+
+import hydra
+
+import nnx_fit
+from nnx_fit import configs
+from nnx_fit.cli import composition, errors, project, saved_run
+from nnx_fit.cli.job import TASKS
+from nnx_fit.cli.overrides import COMMANDS, rewrite, split_command
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+        words: What follows `nnx-fit` on the command line.
+
+    Returns:
+        The exit status: 0, 1 after a mistake or an exception, 130 after Ctrl-C.
+    """
+    if "--version" in words:
+        print(f"nnx-fit {nnx_fit.__version__}")
+        return 0
+    overrides: list[str] = []
+    config_name = "config"
+    try:
+        command, overrides = split_command(words)
+        project.enter(Path.cwd())
+        configs.register()
+        overrides = rewrite(overrides, _groups(overrides))
+        if command != "fit":
+            config_name = saved_run.primary_config(overrides)
+        overrides = composition.with_missing_arguments(config_name, overrides)
+        _start(command, overrides, config_name)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        errors.report(error, overrides, config_name)
+        return 1
+    return 0
+
+
+def _start(command: str, overrides: Sequence[str], config_name: str) -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the errors are ours to explain
+    os.environ["NNX_FIT_RUN_ID"] = secrets.token_hex(3)  # in the environment, so that a sweep's workers share it
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = _without_command(os.environ["COMP_LINE"])
+    task = hydra.main(version_base="1.3", config_path=str(project.packaged_conf()), config_name=config_name)
+    saved = sys.argv
+    sys.argv = ["nnx-fit", *overrides]
+    sweep = not {"-m", "--multirun"}.isdisjoint(overrides)  # whose lines say which of the jobs it was
+    try:
+        with nullcontext() if sweep else redirect_stderr(cast(TextIO, errors.WithoutJobLine(sys.stderr))):
+            task(TASKS[command])()
+    finally:
+        sys.argv = saved
+
+
+def _without_command(line: str) -> str:
+    """The line that is being completed, without the command, which Hydra's completion would take for an override."""
+    program, _, rest = line.partition(" ")
+    first, blank, others = rest.lstrip().partition(" ")
+    return f"{program} {others}" if first in COMMANDS and blank else line
+
+
+def _groups(overrides: Sequence[str]) -> dict[str, set[str]]:
+    extra = None
+    for flag in ("--config-dir", "-cd"):
+        if flag in overrides[:-1]:
+            extra = Path(overrides[overrides.index(flag) + 1])
+    return project.config_groups(project.packaged_conf(), project.project_conf(Path.cwd()), extra)
