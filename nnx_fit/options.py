@@ -42,6 +42,7 @@ class Options:
     enable_progress_bar: bool = True
     enable_model_summary: bool = True
     detect_nonfinite: bool = False
+    state_guard: str = "error"
     barebones: bool = False
     jit: bool = True
 
@@ -63,7 +64,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "gradient_clip_val": (None,),
     "gradient_clip_algorithm": ("norm",),
     "precision": ("32", 32, "32-true"),
-    "state_guard": ("error",),
     "deterministic": (False,),
     "profiler": (None,),
     "strategy": ("auto",),
@@ -100,6 +100,8 @@ def make_options(**arguments: Any) -> Options:
         if not isinstance(arguments[name], bool):
             raise _invalid(name, arguments[name], "expected True or False", "pass a bool")
     _check_interval(arguments["val_check_interval"], arguments["check_val_every_n_epoch"])
+    if arguments["state_guard"] not in ("error", "warn", "off"):
+        raise _invalid("state_guard", arguments["state_guard"], 'expected "error", "warn" or "off"', "pass one of them")
     arguments["max_time"] = seconds(arguments["max_time"])
     arguments["fast_dev_run"] = _fast_dev_run(arguments["fast_dev_run"])
     options = Options(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +24,15 @@ from nnx_fit.programs.evaluate import EvalProgram
 from nnx_fit.programs.train import TrainOptions, TrainProgram
 from nnx_fit.state import graph
 from nnx_fit.state.filters import matches
-from nnx_fit.state.layout import Layout
+from nnx_fit.state.layout import Layout, Slot, describe_change
 from nnx_fit.state.live import Live
 from nnx_fit.state.modes import marked, set_mode
+from nnx_fit.state.reads import matters, plain_attributes
+from nnx_fit.state.side_effects import warn_of_untoggled_modes
+
+logger = logging.getLogger("nnx_fit")
+
+_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,11 @@ class Run:
         self.batches: Any = None
         self._graphdefs: dict[bool, nnx.GraphDef] = {}
         self._eval_programs: dict[tuple[str, int], EvalProgram] = {}
+        self._plain: dict[graph.Path, Any] = {}
+        self._rebuilds = 0
+        # What `peek` found last: who asks at every step, asks for the same.
+        self._selection: tuple[Live | None, Any, list[tuple[str, Slot]]] = (None, None, [])
+        self._reads: set[str] = set()
         scope.attach(module, self)
 
     @property
@@ -117,16 +129,68 @@ class Run:
 
     def build(self) -> Live:
         """Takes the module over as it is now: its layout, its values, and its graphdef in each mode."""
-        module = self.module
+        if self.options.state_guard != "off":
+            warn_of_untoggled_modes(self.module)
+        self._graphdefs = self._both_graphdefs()
+        self._plain = plain_attributes(self.module)
+        self.live = Live(self.module, self._layout())
+        return self.live
+
+    def refresh(self) -> None:
+        """Takes over what hooks changed of the module beyond its values: attributes, `trainable`, Variables.
+
+        Programs are built for such things, so that they are built anew; the optimizer's state of what was trained
+        before and still is stays. Costs nothing when no hook ran that could have changed the module.
+        """
+        if self.live is None or not self.funnel.looked:
+            return
+        self.funnel.looked = False
+        self.live.show()
+        graphdefs, layout, plain = self._both_graphdefs(), self._layout(), plain_attributes(self.module)
+        same = layout.slots == self.live.layout.slots
+        changed = [path for path, value in plain.items() if not _equal(value, self._plain.get(path, _MISSING))]
+        idle = bool(changed) and not any(matters(self.module, path, self._reads) for path in changed)
+        old_graphdefs, self._plain = self._graphdefs, plain
+        if same and (idle or graphdefs == old_graphdefs):
+            self._graphdefs = graphdefs
+            return
+        what = describe_change(old_graphdefs[True], graphdefs[True], self.live.layout, layout)
+        self._rebuilds += 1
+        logger.log(
+            logging.INFO if self._rebuilds < 3 else logging.WARNING,
+            "A hook changed the module (%s): its steps are compiled again.%s",
+            what,
+            "" if self._rebuilds < 3 else " Fix: hold a number that changes often in an nnx.Variable.",
+        )
+        self._graphdefs, self.live = graphdefs, Live(self.module, layout)
+        self._eval_programs.clear()
+        if self.train_program is not None:
+            self.train_program = self.train_program.rebuilt(
+                graphdefs[True], self.live, f"a hook changed the module: {what}"
+            )
+
+    def refresh_in_epoch(self) -> None:
+        """`refresh` between two batches, if a plain attribute of the module itself changed."""
+        if not self.funnel.looked:
+            return
+        for name, value in vars(self.module).items():
+            if name in self._reads and not _equal(value, self._plain.get((name,), value)):
+                self.refresh()
+                return
+
+    def _both_graphdefs(self) -> dict[bool, nnx.GraphDef]:
+        module, found = self.module, {}
         for training in (True, False):
             saved = set_mode(module, training, module.eval_modules)
             try:
                 with marked(module, training, module.eval_modules):
-                    self._graphdefs[training], _ = graph.flatten(module)
+                    found[training], _ = graph.flatten(module)
             finally:
                 saved.restore()
-        self.live = Live(module, Layout.of(module, module.trainable if self.trainable is None else self.trainable))
-        return self.live
+        return found
+
+    def _layout(self) -> Layout:
+        return Layout.of(self.module, self.module.trainable if self.trainable is None else self.trainable)
 
     def build_train_program(self, optimizer: BoundOptimizer) -> TrainProgram:
         """Builds the train program; the optimizer's state is made here."""
@@ -135,6 +199,8 @@ class Run:
             compiled=self.options.jit,
             outputs=self.funnel.overridden("on_train_batch_end"),
             detect_nonfinite=self.options.detect_nonfinite,
+            guard=self.options.state_guard,  # type: ignore[arg-type]
+            reads=self._reads,
             monitors=tuple(
                 callback.step_metrics
                 for callback in self.callbacks
@@ -173,6 +239,7 @@ class Run:
             keep: Takes each batch's outputs, with the index of its loader.
             recorded: Called once everything is recorded, before the last hook.
         """
+        self.refresh()
         programs = [self._eval_program(stage, index, keep is not None) for index in range(len(source.loaders))]
         loop = EvalLoop(
             stage,
@@ -205,13 +272,19 @@ class Run:
         """The live arrays of the Variables that a filter matches, by path; the next step donates them."""
         if self.live is None:
             return {}
-        found: dict[str, Any] = {}
         arrays = self.live.collect()
-        for slot, leaf in zip(self.live.layout.slots, self.live.leaves, strict=True):
-            if matches(selector, slot.aliases, leaf):
-                values = slot.typed(arrays[slot.start : slot.stop])
-                several = len(values) > 1
-                found |= {f"{slot.name}[{i}]" if several else slot.name: value for i, value in enumerate(values)}
+        if self._selection[0] is not self.live or self._selection[1] is not selector:
+            pairs = zip(self.live.layout.slots, self.live.leaves, strict=True)
+            slots = [slot for slot, leaf in pairs if matches(selector, slot.aliases, leaf)]
+            self._selection = (self.live, selector, [(slot.name, slot) for slot in slots])
+        found: dict[str, Any] = {}
+        for name, slot in self._selection[2]:
+            if slot.single:
+                found[name] = arrays[slot.start]
+                continue
+            values = slot.typed(arrays[slot.start : slot.stop])
+            several = len(values) > 1
+            found |= {f"{name}[{i}]" if several else name: value for i, value in enumerate(values)}
         return found
 
     def _eval_program(self, stage: str, index: int, keep: bool) -> EvalProgram:
@@ -225,5 +298,16 @@ class Run:
                 dataloader_idx=index,
                 outputs=keep or self.funnel.overridden(f"on_{HOOK_STAGE[stage]}_batch_end"),
                 compiled=self.options.jit,
+                guard=self.options.state_guard,  # type: ignore[arg-type]
+                reads=self._reads,
             )
         return self._eval_programs[stage, index]
+
+
+def _equal(new: Any, old: Any) -> bool:
+    if new is old:
+        return True
+    try:
+        return bool(new == old)
+    except Exception:  # an object whose comparison is none: another object is another value
+        return False

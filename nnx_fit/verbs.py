@@ -19,6 +19,7 @@ from nnx_fit.loops.fit import FitLoop, ValidationPlan
 from nnx_fit.loops.progress import Interrupted
 from nnx_fit.optimizers import BoundOptimizer, bind, is_transformation, resolve
 from nnx_fit.options import Options
+from nnx_fit.programs.train import TrainProgram
 from nnx_fit.run import Run
 
 
@@ -218,6 +219,11 @@ def train(run: Run, source: Source, plan: ValidationPlan, resumed_pass: Any, on_
         run.batches = source.open(epoch=run.progress.epoch, state=state)
         return run.batches
 
+    def refreshed(in_epoch: bool) -> TrainProgram:
+        (run.refresh_in_epoch if in_epoch else run.refresh)()
+        assert run.train_program is not None
+        return run.train_program
+
     with run.staged("train"):
         FitLoop(
             run.options,
@@ -229,6 +235,7 @@ def train(run: Run, source: Source, plan: ValidationPlan, resumed_pass: Any, on_
             open_batches,
             plan,
             on_first_step,
+            refreshed=refreshed,
         ).run()
 
 

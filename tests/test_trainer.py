@@ -311,11 +311,10 @@ def test_the_root_may_be_a_string(tmp_path):
 
 def test_shuffled_training_is_reproducible_and_validating_more_often_does_not_change_it():
     results = []
-    for options in ({}, {}, {"val_check_interval": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 1}):
+    for options in ({}, {"val_check_interval": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 1}):
         module = Regressor(4, depth=1, rngs=nnx.Rngs(0))
         data = arrays(16, features=4)
         quiet(max_epochs=1, **options).fit(module, nf.ArrayLoader(data, 8, shuffle=True), nf.ArrayLoader(data, 8))
         results.append(jax.tree.leaves(nnx.state(module, nnx.Not(nnx.RngKey))))
-    for first, second, third in zip(*results, strict=True):
+    for first, second in zip(*results, strict=True):
         np.testing.assert_array_equal(first, second)
-        np.testing.assert_array_equal(first, third)

@@ -78,6 +78,8 @@ class FitLoop:
         validation: When and how to validate.
         on_first_step: Called when a first step was made, or at the end if there was none to make.
         clock: Seconds, monotonic.
+        refreshed: Gives the train program after hooks may have changed the module; its argument tells whether an epoch
+            is under way.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class FitLoop:
         validation: ValidationPlan,
         on_first_step: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        refreshed: Callable[[bool], Steps] | None = None,
     ):
         self._options = options
         self._progress = progress
@@ -103,6 +106,7 @@ class FitLoop:
         self._validation = validation
         self._on_first_step: Callable[[], None] | None = on_first_step
         self._clock = clock
+        self._refreshed = refreshed or (lambda in_epoch: steps)
         self._deadline = None if options.max_time is None else clock() + options.max_time
 
     def run(self) -> None:
@@ -142,6 +146,7 @@ class FitLoop:
             self._steps.reset_accumulators()
         self._steps.set_counters(progress.global_step, progress.epoch, progress.batch_idx)
         self._funnel.call("on_train_epoch_start")
+        self._steps = self._refreshed(False)
         batches = self._open_batches()
         progress.in_epoch = True
         try:
@@ -170,6 +175,8 @@ class FitLoop:
             batch_idx = progress.batch_idx
             if starts and any(map(_skips, funnel.call("on_train_batch_start", batch.full, batch_idx))):
                 return True
+            if starts or ends:
+                steps = self._steps = self._refreshed(True)
             step = progress.global_step + 1
             packed, outputs = steps.run(batch.numeric, step)
             if self._on_first_step is not None:
@@ -189,6 +196,7 @@ class FitLoop:
                 ledger.poll()
             if self._validation.due_after_batch(progress):
                 self._validate()
+                steps = self._steps = self._refreshed(False)
             if self._control.signal is not None:
                 raise Interrupted(self._control.signal)
             if self._stopped():
@@ -210,6 +218,7 @@ class FitLoop:
         due = plan.due_after_epoch(progress) if complete else plan.run is not None
         if due and progress.validated_step != progress.global_step:
             self._validate()
+            self._steps = self._refreshed(False)
         self._ledger.log_epoch(progress.global_step, self._steps.table, self._steps.accumulators, str)
         progress.epoch_recorded = complete
         self._funnel.call("on_train_epoch_end", phases=("before",))

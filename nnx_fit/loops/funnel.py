@@ -36,10 +36,12 @@ class Funnel:
 
     Attributes:
         hook: Name of the hook being called, or `None`.
+        looked: Whether a hook that may change the module was called since this was last set to False.
     """
 
     def __init__(self, trainer: Any, module: Any, callbacks: Sequence[Callback], show: Callable[[], None]):
         self.hook: str | None = None
+        self.looked = False
         self._trainer = trainer
         self._module = module
         self._callbacks = list(callbacks)
@@ -68,6 +70,7 @@ class Funnel:
                 if phase in phases:
                     if looks:
                         self._show()
+                        self.looked = True
                     results.append(listener(*args))
         finally:
             self.hook = outer

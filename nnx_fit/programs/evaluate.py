@@ -6,6 +6,7 @@ The module's arrays are read, never donated. What an eval step may change (RNG s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +16,13 @@ from flax import nnx
 from nnx_fit.metrics.capture import MetricTable, TooManyMetrics
 from nnx_fit.metrics.reduction import accumulate, empty
 from nnx_fit.programs.program import Program
-from nnx_fit.programs.step import run_hook
+from nnx_fit.programs.step import StepResult, run_hook
 from nnx_fit.state.filters import matches
+from nnx_fit.state.graph import modules
+from nnx_fit.state.guard import Guard, by_design, report_eval, written
 from nnx_fit.state.layout import Layout, Slot
 from nnx_fit.state.live import Live, copied
+from nnx_fit.state.side_effects import advise_on_randomness
 
 HOOKS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
@@ -43,10 +47,11 @@ class EvalProgram:
         module: The live module.
         graphdef: The module's graphdef in eval mode.
         live: The module's values.
-        leaves: The module's Variables and arrays, in the layout's order.
         dataloader_idx: Which of several loaders the program is for.
         outputs: Return the step's outputs to the host.
         compiled: Compile, or run eagerly.
+        guard: What to do about state that an eval step should not change.
+        reads: Takes the names of the plain attributes that the step reads.
     """
 
     def __init__(
@@ -59,7 +64,11 @@ class EvalProgram:
         dataloader_idx: int = 0,
         outputs: bool = False,
         compiled: bool = True,
+        guard: Guard = "error",
+        reads: set[str] | None = None,
     ):
+        self._reads = reads
+        self._guard: Guard = guard
         self._stage = stage
         self._module = module
         self._graphdef = graphdef
@@ -79,6 +88,7 @@ class EvalProgram:
         self._rng_positions = [i for slot in rngs for i in range(slot.start, slot.stop)]
         self._mutable_positions = [i for slot in self._mutable for i in range(slot.start, slot.stop)]
         self._scratch: list[Any] = []
+        self._kept: set[int] = set()
 
     @property
     def sentinel(self) -> Any:
@@ -95,7 +105,8 @@ class EvalProgram:
         """
         arrays = self._live.collect()
         own = [arrays[i] for i in self._rng_positions]
-        mutable = [arrays[i] for i in self._mutable_positions]
+        fresh = self._fresh_metrics(arrays)
+        mutable = [fresh.get(i, arrays[i]) for i in self._mutable_positions]
         counters = jnp.array([global_step, epoch, 0], jnp.int32)
         self._scratch = copied([*(rngs or own), *mutable, counters, empty(self.table.capacity)])
 
@@ -121,14 +132,47 @@ class EvalProgram:
         return self._scratch[: len(self._rng_positions)]
 
     def finish(self) -> None:
-        """Ends the loop: what an eval step may change comes back into the module, RNG streams do not."""
-        if not self._mutable_positions:
+        """Ends the loop: what an eval step may change and did comes back into the module, RNG streams do not."""
+        if not self._kept:
             return
         arrays = list(self._live.collect())
         start = len(self._rng_positions)
         for offset, position in enumerate(self._mutable_positions):
-            arrays[position] = self._scratch[start + offset]
+            if position in self._kept:
+                arrays[position] = self._scratch[start + offset]
         self._live.replace(arrays)
+
+    def _fresh_metrics(self, arrays: list[Any]) -> dict[int, Any]:
+        """The arrays of `nnx.Metric`s as their `reset` leaves them: each loop starts over."""
+        slots = [slot for slot in self._mutable if issubclass(slot.type, nnx.metrics.MetricState)]
+        if not slots:
+            return {}
+        module = self._layout.merge(self._graphdef, arrays)
+        for _, metric in modules(module, nnx.Metric):
+            metric.reset()
+        fresh = self._layout.arrays_of(module, step="reset")
+        return {i: fresh[i] for slot in slots for i in range(slot.start, slot.stop)}
+
+    def _check(self, module: Any, before: list[Any], after: list[Any], again: Callable[[list[Any]], list[Any]]) -> None:
+        """Tells of what the step wrote and should not have; notes what it may change."""
+        hook, mutable = HOOKS[self._stage], {slot.start for slot in self._mutable}
+        self._kept |= {i for i in self._mutable_positions if after[i] is not before[i]}
+        drawn = [
+            slot.name
+            for slot in self._layout.slots
+            if issubclass(slot.type, nnx.RngCount) and after[slot.start] is not before[slot.start]
+        ]
+        if drawn:
+            advise_on_randomness(hook, drawn)
+        if self._guard == "off":
+            return
+        watched = [
+            slot
+            for slot in self._layout.slots
+            if slot.role != "rngs" and slot.start not in mutable and not by_design(self._module, slot)
+        ]
+        if changed := written(watched, before, after, again):
+            report_eval(module, changed, hook, self._guard)
 
     def _body(self, scratch: list[Any], arrays: list[Any], batch: Any) -> tuple[list[Any], Any]:
         positions = [*self._rng_positions, *self._mutable_positions]
@@ -136,10 +180,26 @@ class EvalProgram:
         current = list(arrays)
         for position, value in zip(positions, scratch[:-2], strict=True):
             current[position] = value
-        module = self._layout.merge(self._graphdef, current)
         hook = HOOKS[self._stage]
-        result = run_hook(hook, self._stage, module, self._module, batch, counters, self._dataloader_idx)
+
+        def step(arrays: list[Any]) -> tuple[Any, StepResult]:
+            module = self._layout.merge(self._graphdef, arrays)
+            result = run_hook(
+                hook,
+                self._stage,
+                module,
+                self._module,
+                batch,
+                counters,
+                self._dataloader_idx,
+                guard=self._guard,
+                reads=self._reads,
+            )
+            return module, result
+
+        module, result = step(current)
         after = self._layout.arrays_of(module, step=hook)
+        self._check(module, current, after, lambda arrays: self._layout.arrays_of(step(arrays)[0], step=hook))
         packed = self.table.pack(result.metrics, result.specs)
         new_counters = counters + np.array([0, 0, 1], np.int32)
         new_scratch = [after[position] for position in positions]

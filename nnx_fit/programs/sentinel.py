@@ -28,11 +28,20 @@ class Sentinel:
     program: str
     causes: list[str] = dataclasses.field(default_factory=list)
     _seen: list[Signature] = dataclasses.field(default_factory=list)
+    _expected: str | None = None
+
+    def expect(self, cause: str) -> None:
+        """Makes the next compilation one that was announced, and the start of a new count of shapes."""
+        if self.causes:
+            self._expected = cause
 
     def traced(self, batch: Any, state: list[Any]) -> None:
         """Called in the trace: notes the signature and reports a second one."""
         signature = _signature("batch", batch) | _signature("state", state)
-        if not self._seen:
+        if self._expected is not None:
+            self.causes.append(self._expected)
+            self._expected, self._seen = None, []
+        elif not self._seen:
             self.causes.append("first call")
         elif signature in self._seen:
             self.causes.append("the same shapes again: a static value of the step changed")

@@ -18,6 +18,9 @@ from nnx_fit.errors import ConfigurationError
 from nnx_fit.metrics.capture import Capture, MetricSpec
 from nnx_fit.scope import StepScope, entered
 from nnx_fit.state.call_flags import filled
+from nnx_fit.state.guard import Guard
+from nnx_fit.state.reads import recorded
+from nnx_fit.state.side_effects import Attributes
 
 # Places in the counters that a program carries, int32 of shape (3,).
 STEP, EPOCH, BATCH = range(3)
@@ -47,7 +50,15 @@ class StepResult:
 
 
 def run_hook(
-    hook: str, stage: str, module: Any, origin: Any, batch: Any, counters: Any, dataloader_idx: int = 0
+    hook: str,
+    stage: str,
+    module: Any,
+    origin: Any,
+    batch: Any,
+    counters: Any,
+    dataloader_idx: int = 0,
+    guard: Guard = "error",
+    reads: set[str] | None = None,
 ) -> StepResult:
     """Calls a step hook on a merged module, in its mode and scope.
 
@@ -59,11 +70,16 @@ def run_hook(
         batch: Batch pytree.
         counters: int32 array of shape `(3,)`: updates completed, epoch, batch index.
         dataloader_idx: Which of several loaders the batch comes from.
+        guard: What to do about Python side effects.
+        reads: Takes the names of the plain attributes that the step reads.
     """
+    attributes = Attributes(module)
     capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(_size, module, batch, hook))
     scope = StepScope(hook, stage, module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
-    with entered(scope), filled(module, training=stage == "train"):
+    names = set() if reads is None else reads
+    with entered(scope), filled(module, training=stage == "train"), recorded(module, names):
         output = _call(getattr(module, hook), batch, counters[BATCH], dataloader_idx)
+    attributes.check(hook, guard)
     return StepResult(output, capture.values(), capture.specs())
 
 

@@ -23,7 +23,8 @@ from nnx_fit.metrics.reduction import accumulate, empty, with_latest
 from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.programs.health import Health
 from nnx_fit.programs.program import Program
-from nnx_fit.programs.step import BATCH, EPOCH, STEP, loss_of, run_hook
+from nnx_fit.programs.step import BATCH, EPOCH, STEP, StepResult, loss_of, run_hook
+from nnx_fit.state.guard import Guard, by_design, report_train, written
 from nnx_fit.state.live import Live, copied
 
 # Steps that may be dispatched before the oldest of them has finished: enough to keep a device busy, and a bound on
@@ -60,12 +61,16 @@ class TrainOptions:
         compiled: Compile, or run eagerly.
         outputs: Return the step's outputs to the host, because a hook takes them.
         detect_nonfinite: Check every value of each step.
+        guard: What to do about trained parameters that a step writes by hand.
+        reads: Takes the names of the plain attributes that the step reads.
         monitors: Functions of a `StepView` that give metrics.
     """
 
     compiled: bool = True
     outputs: bool = False
     detect_nonfinite: bool = False
+    guard: Guard = "error"
+    reads: set[str] = dataclasses.field(default_factory=set)
     monitors: tuple[Callable[[StepView], Mapping[str, Any]], ...] = ()
 
 
@@ -78,13 +83,21 @@ class TrainProgram:
         live: The module's values.
         optimizer: The optimizer of its *params*.
         options: What to compile for.
+        predecessor: The program that this one takes the place of: its metrics, its counters, and its optimizer's state
+            of what is trained by both go on.
 
     Raises:
         ConfigurationError: A trained Variable cannot be differentiated, or nothing is trained.
     """
 
     def __init__(
-        self, module: Any, graphdef: nnx.GraphDef, live: Live, optimizer: BoundOptimizer, options: TrainOptions
+        self,
+        module: Any,
+        graphdef: nnx.GraphDef,
+        live: Live,
+        optimizer: BoundOptimizer,
+        options: TrainOptions,
+        predecessor: TrainProgram | None = None,
     ):
         self._module = module
         self._graphdef = graphdef
@@ -93,7 +106,7 @@ class TrainProgram:
         self._optimizer = optimizer
         self._options = options
         self._health = Health()
-        self.table = MetricTable()
+        self.table = MetricTable() if predecessor is None else predecessor.table
         self._program = Program("The train step", self._body, self.table, compiled=options.compiled)
         self._check_params()
         opt_state = optimizer.tx.init(self._layout.state("params", live.arrays))
@@ -103,6 +116,23 @@ class TrainProgram:
         self.set_counters(0, 0, 0)
         self.reset_accumulators()
         self._in_flight: collections.deque[Any] = collections.deque()
+        if predecessor is not None:
+            self._take_over(predecessor)
+
+    def rebuilt(self, graphdef: nnx.GraphDef, live: Live, cause: str) -> TrainProgram:
+        """The program for a module that a hook changed, with what this one has learned."""
+        self.sentinel.expect(cause)
+        return TrainProgram(self._module, graphdef, live, self._optimizer, self._options, self)
+
+    def _take_over(self, predecessor: TrainProgram) -> None:
+        earlier, _ = jax.tree_util.tree_flatten_with_path(predecessor.optimizer_state)
+        known = {jax.tree_util.keystr(path): leaf for path, leaf in earlier}
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(self.optimizer_state)[0]):
+            old = known.get(jax.tree_util.keystr(path))
+            if old is not None and (old.shape, old.dtype) == (leaf.shape, leaf.dtype):
+                self._tail[i] = old
+        self._tail[-2:] = predecessor._tail[-2:]
+        self._program.sentinel = predecessor.sentinel
 
     @property
     def sentinel(self) -> Any:
@@ -202,14 +232,22 @@ class TrainProgram:
         params = layout.state("params", arrays)
         specs: dict[str, MetricSpec] = {}
 
+        def forward(arrays: list[Any]) -> tuple[StepResult, list[Any]]:
+            module = layout.merge(self._graphdef, arrays)
+            watch = {"guard": self._options.guard, "reads": self._options.reads}
+            result = run_hook("training_step", "train", module, self._module, batch, counters, **watch)
+            return result, layout.arrays_of(module, step="training_step")
+
         def objective(params: nnx.State) -> tuple[jax.Array, Any]:
-            module = layout.merge(self._graphdef, layout.put("params", arrays, params))
-            result = run_hook("training_step", "train", module, self._module, batch, counters)
+            given = layout.put("params", arrays, params)
+            result, after = forward(given)
             loss, extras = loss_of(result.output, params, type(self._module).__name__)
+            self._check_written(given, after, lambda arrays: forward(arrays)[1])
             specs.update(result.specs)
-            return loss, (layout.arrays_of(module, step="training_step"), result.metrics, extras)
+            return loss, (after, result.metrics, extras)
 
         (loss, (after, metrics, extras)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        params = layout.state("params", self._updated_from(arrays, after))
         updates, new_opt_state = tx.update(grads, opt_state, params)
         new_params = jax.tree.map(_keep_dtype, optax.apply_updates(params, updates), params)
         new_opt_leaves = [
@@ -234,6 +272,22 @@ class TrainProgram:
         packed = with_latest(packed, new_accumulators)
         outputs = {"loss": loss, **extras} if self._options.outputs else None
         return [*new_arrays, *new_opt_leaves, new_counters, new_accumulators], (packed, outputs, finite)
+
+    def _check_written(self, before: list[Any], after: list[Any], again: Callable[[list[Any]], list[Any]]) -> None:
+        """Tells of trained parameters that the step wrote by hand."""
+        if self._options.guard == "off":
+            return
+        watched = [s for s in self._layout.slots if s.role == "params" and not by_design(self._module, s)]
+        if changed := written(watched, before, after, again):
+            report_train(changed, self._options.guard)
+
+    def _updated_from(self, before: list[Any], after: list[Any]) -> list[Any]:
+        """The values that the optimizer updates: those the step began with, but for layers made to overwrite them."""
+        values = list(before)
+        for slot in self._layout.slots:
+            if slot.role == "params" and by_design(self._module, slot):
+                values[slot.start : slot.stop] = after[slot.start : slot.stop]
+        return values
 
     def _monitor(self, view: StepView, metrics: dict[str, tuple[Any, Any]], specs: dict[str, MetricSpec]) -> None:
         for monitor in self._options.monitors:

@@ -114,3 +114,13 @@ def _value(layer: Any, name: str, training: bool) -> bool:
         return own
     mode = vars(layer).get(MODE_MARK, training)
     return FLAGS[name] if mode else not FLAGS[name]
+
+
+def unknown_flags(cls: type) -> list[str]:
+    """The parameters of a class's `__call__` with a default that is a bool, other than the flags filled in here."""
+    call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
+    try:
+        parameters = inspect.signature(call).parameters.values() if call is not None else ()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if isinstance(p.default, bool) and p.name not in FLAGS]

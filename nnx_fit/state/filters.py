@@ -6,12 +6,14 @@ A Variable that several paths lead to (tied weights) is one Variable: a filter t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 from flax.nnx import filterlib
 
+from nnx_fit.errors import ConfigurationError
 from nnx_fit.state.graph import Path, path_name
 
 
@@ -20,6 +22,9 @@ class PathPrefix:
     """Filter that matches everything at or below a dotted path: `PathPrefix("net.backbone")`."""
 
     prefix: str
+
+    def __repr__(self) -> str:
+        return repr(self.prefix)
 
     def __call__(self, path: Path, value: Any) -> bool:
         """Whether the path is the prefix or below it."""
@@ -44,6 +49,10 @@ class Edited:
         """Whether the filter with its edits matches a Variable at one path."""
         return matches(self, [path], value)
 
+    def __repr__(self) -> str:
+        edits = [f"{'unfreeze' if match else 'freeze'}({_shown(selector)})" for match, selector in self.edits]
+        return ", then ".join([_shown(self.base), *edits])
+
     def edited(self, match: bool, selectors: Sequence[Any]) -> Edited:
         """This filter with further edits."""
         return Edited(self.base, (*self.edits, *((match, selector) for selector in selectors)))
@@ -54,6 +63,46 @@ def hashable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return nnx.Any(*(hashable(item) for item in value))
     return value
+
+
+def check_edits(selector: Any, module: Any, paths: Sequence[Path]) -> None:
+    """Refuses a path prefix that was frozen or unfrozen and leads nowhere, naming the nearest one that does.
+
+    Args:
+        selector: A filter; only one that was edited has anything to check.
+        module: The module that the paths are of.
+        paths: Every path of every Variable.
+
+    Raises:
+        ConfigurationError: Nothing is at a prefix or below it.
+    """
+    prefixes = [edit.prefix for _, edit in getattr(selector, "edits", ()) if isinstance(edit, PathPrefix)]
+    if not prefixes:
+        return
+    known = list(dict.fromkeys(path_name(path[:end]) for path in paths for end in range(1, len(path) + 1)))
+    for prefix in prefixes:
+        if prefix not in known and not _exists(module, prefix):
+            near = difflib.get_close_matches(prefix, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "`nnx_fit.partition(module).table()` shows all paths."
+            raise ConfigurationError(
+                f"freeze or unfreeze names {prefix!r}, but {type(module).__name__} has nothing there, so that nothing "
+                f"would change.\n{hint}"
+            )
+
+
+def _exists(module: Any, prefix: str) -> bool:
+    """Whether a path leads to a layer without Variables, such as an activation function in a list of layers."""
+    node = module
+    for part in prefix.split("."):
+        try:
+            node = getattr(node, part) if hasattr(node, part) else node[int(part) if part.isdigit() else part]
+        except (TypeError, LookupError):
+            return False
+    return True
+
+
+def _shown(selector: Any) -> str:
+    return "..." if selector is ... else selector.__name__ if isinstance(selector, type) else repr(selector)
 
 
 def matches(selector: Any, paths: Sequence[Path], value: Any) -> bool:

@@ -44,13 +44,20 @@ def children(node: Any) -> list[tuple[Any, Any]]:
     return list(impl.node_dict(node).items())
 
 
-def is_leaf(value: Any) -> bool:
-    """Whether a value is one that `flatten` gives: a Variable or a bare array."""
-    return isinstance(value, nnx.Variable | jax.Array | np.ndarray)
+def static_attributes(node: nnx.Module) -> dict[str, Any]:
+    """The attributes of a module that its graphdef has as constants, Flax's own bookkeeping aside."""
+    data = node._pytree__nodes
+    return {
+        name: value
+        for name, value in vars(node).items()
+        if not name.startswith("_pytree__")
+        and not data.get(name, False)
+        and not isinstance(value, nnx.Pytree | nnx.Variable | jax.Array | np.ndarray)
+    }
 
 
-def modules(module: Any) -> Iterator[tuple[Path, nnx.Module]]:
-    """Every module of the graph once, with the first path that leads to it, parents before children."""
+def modules(module: Any, kind: type = nnx.Module) -> Iterator[tuple[Path, Any]]:
+    """Every module, or node of another kind, once, with the first path that leads to it, parents before children."""
     seen: set[int] = set()
     stack: list[tuple[Path, Any]] = [((), module)]
     while stack:
@@ -58,7 +65,7 @@ def modules(module: Any) -> Iterator[tuple[Path, nnx.Module]]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if isinstance(node, nnx.Module):
+        if isinstance(node, kind):
             yield path, node
         stack.extend(
             ((*path, key), child) for key, child in reversed(children(node)) if not isinstance(child, nnx.Variable)

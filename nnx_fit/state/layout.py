@@ -18,7 +18,7 @@ from flax import nnx
 
 from nnx_fit.errors import StateError
 from nnx_fit.state import graph, keys
-from nnx_fit.state.filters import matches, names_type_of
+from nnx_fit.state.filters import check_edits, matches, names_type_of
 
 Role = Literal["params", "frozen", "stats", "rngs"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -161,6 +161,7 @@ class Layout:
         """The layout of a module as it is now, under a `trainable` filter."""
         _, leaves = graph.flatten(module)
         aliases = graph.leaf_paths(module)
+        check_edits(trainable, module, [path for paths in aliases.values() for path in paths])
         slots: list[Slot] = []
         start = 0
         for path, leaf in leaves:
@@ -271,3 +272,32 @@ def _check_same_leaves(expected: Sequence[graph.Path], found: Sequence[graph.Pat
         "A compiled step carries a fixed set of Variables; this one would be lost after the step.\n"
         "Fix: create Variables in `__init__` (or `setup`), and use `self.log` or a return value instead of `self.sow`."
     )
+
+
+def describe_change(old: nnx.GraphDef, new: nnx.GraphDef, old_layout: Layout, new_layout: Layout) -> str:
+    """What differs between two states of one module, for a message.
+
+    Args:
+        old: Its graphdef before.
+        new: Its graphdef after.
+        old_layout: Its layout before.
+        new_layout: Its layout after.
+    """
+    roles = [{slot.name: slot.role for slot in layout.slots} for layout in (old_layout, new_layout)]
+    changes = [
+        f"{verb} {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
+        for verb, names in (
+            ("added", [name for name in roles[1] if name not in roles[0]]),
+            ("removed", [name for name in roles[0] if name not in roles[1]]),
+            *(
+                (f"{role} now has", [n for n, r in roles[1].items() if r == role and roles[0].get(n, role) != role])
+                for role in ROLES
+            ),
+        )
+        if names
+    ]
+    if changes:
+        return ", ".join(changes)
+    keys_ = [new_key for (_, a), (new_key, b) in zip(old.attributes, new.attributes, strict=False) if a != b]
+    own = [str(key) for key in keys_ if not str(key).startswith("_pytree__")]
+    return f"attribute {', '.join(dict.fromkeys(own))}" if own else "its structure"

@@ -241,6 +241,12 @@ def test_an_evaluation_runs_in_eval_mode_and_leaves_state_rng_and_mode_as_they_w
         np.testing.assert_allclose(first[0][0], data()[0]["x"] / np.sqrt(1 + 1e-5), rtol=1e-5)
 
 
+def test_random_streams_go_on_from_loader_to_loader():
+    predictions = quiet().predict(Stateful(), [data(), data()])
+    noise = [float(value) for loader in predictions for _, value in loader]
+    assert len(set(noise)) == 4
+
+
 def key_data(state):
     def plain(leaf):
         return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -81,7 +81,7 @@ def test_an_epoch_mean_is_weighted_by_batch_size_in_training_and_evaluation():
 @pytest.mark.parametrize(("reduce", "expected"), [("mean", MEAN), ("sum", 14.0), ("min", 1.0), ("max", 10.0)])
 def test_every_reduction_over_an_epoch(reduce, expected):
     module = Logs([call("x", on_epoch=True, reduce=reduce)], [call("v", reduce=reduce)])
-    trainer = quiet(max_epochs=1, log_every_n_steps=1)
+    trainer = eager(max_epochs=1, log_every_n_steps=1)
     history = trainer.fit(module, RAGGED, RAGGED)
     assert history["x_epoch"] == [(3, pytest.approx(expected, rel=1e-6))]
     assert history["v"] == [(3, pytest.approx(expected, rel=1e-6))]
@@ -94,7 +94,7 @@ def test_a_batch_size_given_with_the_value_is_its_weight():
             self.log("traced", batch["target"].mean(), batch_size=(batch["target"] > 2).sum() + 1)
             self.log("fixed", batch["target"].mean(), batch_size=1)
 
-    history = quiet(max_epochs=1).fit(Weighted(), RAGGED, RAGGED)
+    history = eager(max_epochs=1).fit(Weighted(), RAGGED, RAGGED)
     assert history["fixed"][0][1] == pytest.approx(14 / 3, rel=1e-6)
     assert history["traced"][0][1] == pytest.approx((1 * 1 + 5 * 3 + 3 * 10) / 9, rel=1e-6)
 
@@ -108,7 +108,7 @@ def test_a_method_of_the_module_gives_the_batch_size():
         {"target": np.float32([1, 1]), "count": np.int32([1, 2, 3])},
         {"target": np.float32([2, 2]), "count": np.int32([1, 0, 1])},
     ]
-    history = quiet(max_epochs=1).fit(Sized(val=[call("v")]), batches, batches)
+    history = eager(max_epochs=1).fit(Sized(val=[call("v")]), batches, batches)
     assert history["v"][0][1] == pytest.approx((6 * 1 + 2 * 2) / 8, rel=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_several_values_of_one_name_in_a_step_are_reduced_within_it():
             self.log("v", 1.0, batch_size=1)
             self.log("v", 4.0, batch_size=2)
 
-    history = quiet(max_epochs=1, log_every_n_steps=1).fit(Often(), targets(1), targets(1))
+    history = eager(max_epochs=1, log_every_n_steps=1).fit(Often(), targets(1), targets(1))
     assert (history["mean"], history["sum"], history["max"]) == ([(1, 3.0)], [(1, 9.0)], [(1, 6.0)])
     assert history["v"] == [(1, 3.0)]
 
@@ -141,7 +141,7 @@ def test_step_and_epoch_records_have_names_of_their_own_and_the_bare_name_is_the
             seen["end"] = trainer.callback_metrics
 
     module = Logs([call("x", on_epoch=True)])
-    trainer = quiet(max_epochs=1, log_every_n_steps=2, callbacks=Looks())
+    trainer = eager(max_epochs=1, log_every_n_steps=2, callbacks=Looks())
     history = trainer.fit(module, RAGGED)
     mean = pytest.approx(MEAN, rel=1e-6)
     assert dict(history) == {"x_step": [(2, 3.0)], "x_epoch": [(3, mean)]}
@@ -164,7 +164,7 @@ def test_callback_metrics_hold_the_latest_value_also_of_names_that_a_step_left_o
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             seen.append(trainer.callback_metrics)
 
-    trainer = quiet(max_epochs=2, log_every_n_steps=50, callbacks=Looks())
+    trainer = eager(max_epochs=2, log_every_n_steps=50, callbacks=Looks())
     trainer.fit(ByShape(), RAGGED)
     assert seen[:3] == [{"size/4": 1}, {"size/4": 3}, {"size/4": 3, "size/2": 10}]
     assert seen[3] == {"size/4": 1, "size/2": 10}
@@ -202,7 +202,7 @@ def test_names_logged_for_some_batch_shapes_only_are_reduced_over_those():
     assert history["train/rest_epoch"] == [(3, 10.0), (6, 10.0)]
 
 
-@pytest.mark.parametrize("count", [33, 100])
+@pytest.mark.parametrize("count", [32, 40])
 def test_more_names_than_there_are_places_lose_nothing(count):
     class Many(Scalar):
         def training_step(self, batch):

@@ -7,6 +7,8 @@ import nets
 import pytest
 from flax import nnx
 
+import nnx_fit as nf
+from nnx_fit.errors import ConfigurationError
 from nnx_fit.state.filters import Edited, PathPrefix, hashable, matches
 
 PARAM = nnx.Param(jnp.ones(1))
@@ -84,3 +86,26 @@ def test_equal_edits_are_equal_and_hash_alike():
     other = Edited(nnx.Param).edited(False, [PathPrefix("net")])
     assert one == other
     assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(("edit", "near"), [("freeze", "blocks.0.linaer"), ("unfreeze", "blocks.0.linea")])
+def test_a_prefix_that_leads_nowhere_is_an_error_with_the_nearest_one(edit, near):
+    module = nets.Regressor(rngs=nnx.Rngs(0))
+    getattr(module, edit)(near)
+    with pytest.raises(ConfigurationError, match=rf"'{near}'(.|\n)*Did you mean 'blocks.0.linear'\?"):
+        nf.partition(module)
+
+
+def test_a_prefix_may_name_a_layer_without_variables():
+    class Plain(nf.FitModule):
+        def __init__(self):
+            self.net = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu)
+
+    module = Plain()
+    module.freeze("net.layers.1")
+    assert {row.role for row in nf.partition(module).rows} == {"params"}
+
+
+def test_an_edited_filter_reads_as_it_was_written():
+    edited = Edited(nnx.Param).edited(False, [...]).edited(True, [PathPrefix("head")])
+    assert repr(edited) == "Param, then freeze(...), then unfreeze('head')"

@@ -102,7 +102,10 @@ def test_modules_come_parents_first_and_shared_ones_once():
 
 def test_static_attributes_are_not_children():
     module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    assert {name for name, child in graph.children(module) if graph.is_leaf(child)} == {"kernel", "bias"}
+    static = graph.static_attributes(module)
+    assert {"in_features", "out_features"} <= set(static)
+    assert not {"kernel", "bias"} & set(static)
+    assert {name for name, child in graph.children(module) if isinstance(child, nnx.Variable)} == {"kernel", "bias"}
     assert graph.children(module.kernel) == []
     assert graph.children(3) == []
 
