@@ -98,7 +98,9 @@ class FitModule(ModuleHooks, nnx.Module, metaclass=_FitModuleMeta):
 
     def predict_step(self, batch: Any) -> Any:
         """One predict step; by default `self(batch)`. May also take `batch_idx` and `dataloader_idx`."""
-        return self(batch)  # type: ignore[operator]
+        if not callable(self):
+            _missing(self, "predict_step", "predict")
+        return self(batch)
 
     def configure_optimizers(self) -> Any:
         """The optimizer: an `optax.GradientTransformation` or an `OptimizerSpec`."""

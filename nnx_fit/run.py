@@ -70,6 +70,7 @@ class Run:
         train_program: The train program of a fit.
         trainable: NNX filter of what trains; `None` for the module's own.
         batches: The pass over the training data that is under way.
+        open: Whether the verb is under way.
     """
 
     def __init__(
@@ -104,7 +105,24 @@ class Run:
         # What `peek` found last: who asks at every step, asks for the same.
         self._selection: tuple[Live | None, Any, list[tuple[str, Slot]]] = (None, None, [])
         self._reads: set[str] = set()
-        scope.attach(module, self)
+        self.open = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Ties the module to this run while the block runs and after it.
+
+        A run that is under way, in whose hook this one was started, has its module back afterwards.
+        """
+        outer = scope.attach(self.module, self)
+        if not isinstance(outer, Run) or not outer.open:
+            outer = None  # and not kept alive, with all its arrays
+        self.open = True
+        try:
+            yield
+        finally:
+            self.open = False
+            if outer is not None:
+                scope.attach(self.module, outer)
 
     @property
     def training(self) -> bool:
@@ -147,12 +165,13 @@ class Run:
         self.funnel.looked = False
         self.live.show()
         graphdefs, layout, plain = self._both_graphdefs(), self._layout(), plain_attributes(self.module)
+        if [slot.path for slot in layout.slots] == [slot.path for slot in self.live.layout.slots]:
+            self.live.collect()  # refuses a value of another shape, by name
         same = layout.slots == self.live.layout.slots
-        changed = [path for path, value in plain.items() if not _equal(value, self._plain.get(path, _MISSING))]
-        idle = bool(changed) and not any(matters(self.module, path, self._reads) for path in changed)
-        old_graphdefs, self._plain = self._graphdefs, plain
-        if same and (idle or graphdefs == old_graphdefs):
-            self._graphdefs = graphdefs
+        changed = self._changed(plain)
+        matter = any(matters(self.module, path, self._reads) for path in changed)
+        old_graphdefs, self._graphdefs, self._plain = self._graphdefs, graphdefs, plain
+        if same and not matter and (changed or graphdefs == old_graphdefs):
             return
         what = describe_change(old_graphdefs[True], graphdefs[True], self.live.layout, layout)
         self._rebuilds += 1
@@ -170,13 +189,14 @@ class Run:
             )
 
     def refresh_in_epoch(self) -> None:
-        """`refresh` between two batches, if a plain attribute of the module itself changed."""
-        if not self.funnel.looked:
-            return
-        for name, value in vars(self.module).items():
-            if name in self._reads and not _equal(value, self._plain.get((name,), value)):
+        """`refresh` between two batches, if an attribute that a step depends on changed."""
+        if self.funnel.looked:
+            changed = self._changed(plain_attributes(self.module))
+            if any(matters(self.module, path, self._reads) for path in changed):
                 self.refresh()
-                return
+
+    def _changed(self, plain: dict[graph.Path, Any]) -> list[graph.Path]:
+        return [path for path, value in plain.items() if not _equal(value, self._plain.get(path, _MISSING))]
 
     def _both_graphdefs(self) -> dict[bool, nnx.GraphDef]:
         module, found = self.module, {}

@@ -88,9 +88,11 @@ def entered(scope: StepScope) -> Iterator[None]:
         _STACK.scopes.pop()
 
 
-def attach(module: Any, run: Run) -> None:
-    """Ties a module, with all below it, to a run; a later run takes the place of an earlier one."""
+def attach(module: Any, run: Run) -> Run | None:
+    """Ties a module, with all below it, to a run; a later run takes the place of an earlier one, which is returned."""
+    earlier = _RUNS.get(module)
     _RUNS[module] = weakref.ref(run)
+    return earlier() if earlier is not None else None
 
 
 def run_of(module: Any) -> Run | None:

@@ -81,6 +81,7 @@ class Trainer(TrainerViews):
         callbacks: All callbacks, those added by default included.
         loggers: All loggers.
         history: Every logged value of the last `fit`.
+        texts: Markdown texts by tag that `fit` logs with them.
         settings: What `fit` logs as hyperparameters; by default, when it is empty, the module's `hparams`.
         interrupted: Whether a signal ended the last `fit`.
     """
@@ -143,6 +144,7 @@ class Trainer(TrainerViews):
         self._run: Run | None = None
         self.datamodule: Any = None
         self.settings: dict[str, Any] = {}
+        self.texts: dict[str, str] = {}
         self.interrupted = False
         self.num_training_batches: int | float = 0
         self.num_val_batches: list[int | float] = []
@@ -176,6 +178,7 @@ class Trainer(TrainerViews):
             ConfigurationError: Something does not fit together; the module is unchanged.
             KeyboardInterrupt: After SIGINT, once everything is saved and consistent.
         """
+        self._check_idle("fit")
         datamodule, train_dataloaders = _as_datamodule(train_dataloaders, datamodule)
         _check_module(module, "training_step", "fit")
         self._progress, self._control = Progress(), Control()
@@ -280,10 +283,12 @@ class Trainer(TrainerViews):
     def _evaluate(
         self, verb: str, module: FitModule, dataloaders: Any, datamodule: Any, ckpt_path: str | Path | None
     ) -> Any:
+        self._check_idle(verb)
         datamodule, dataloaders = _as_datamodule(dataloaders, datamodule)
         _check_module(module, {"validate": "validation_step", "test": "test_step"}.get(verb), verb)
         kind = {"validate": "val"}.get(verb, verb)
         self._control = Control()
+        self._ledger = Ledger(History(), self._publish)  # the fit's History stays as it was returned
         self._ledger.forget_host("eval")
         run = self._start(verb, module, datamodule)
         with verbs.session(run, datamodule, self._fan_out, self._note_interrupt, self.wait_for_checkpoints):
@@ -299,6 +304,14 @@ class Trainer(TrainerViews):
             run.build()
             self._checkpoints.restore_weights(checkpoint, run)
             return verbs.predict(run, source) if verb == "predict" else verbs.evaluate(run, verb, source)
+
+    def _check_idle(self, verb: str) -> None:
+        """Refuses a verb within a verb: there is one record of where a Trainer is, and checkpoints are made of it."""
+        if self._run is not None and self._run.open:
+            raise ConfigurationError(
+                f"Trainer.{verb} was called while this Trainer's {self._run.verb} is under way, which it would break.\n"
+                "Fix: use another Trainer in the hook, for example Trainer(logger=False, enable_checkpointing=False)."
+            )
 
     def _start(self, verb: str, module: FitModule, datamodule: Any) -> Run:
         self.datamodule = datamodule
@@ -340,11 +353,13 @@ class Trainer(TrainerViews):
 
     def _settings_record(self, module: FitModule) -> Callable[[], None]:
         """What hands the run's settings to the loggers, as they are now."""
-        settings, table = self.settings or module.hparams, self.partition.table()
+        settings, texts = self.settings or module.hparams, dict(self.texts)
+        texts["partition"] = f"```\n{self.partition.table()}\n```"
 
         def log() -> None:
             self._fan_out.log_hyperparams(settings)
-            self._fan_out.log_text("partition", f"```\n{table}\n```")
+            for tag, text in texts.items():
+                self._fan_out.log_text(tag, text)
 
         return log
 

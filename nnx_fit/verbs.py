@@ -39,7 +39,7 @@ def session(
     status: Status = "failed"
     interrupted: int | None = None
     cause: BaseException | None = None
-    with watched(run.control):
+    with watched(run.control), run.opened():
         try:
             try:
                 if datamodule is not None:

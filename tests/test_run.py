@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from nets import Regressor, Scalar, loader, quiet, targets
 
@@ -180,3 +181,64 @@ def test_parameter_groups_have_settings_of_their_own():
     quiet(max_epochs=1).fit(module, loader())
     np.testing.assert_array_equal(module.blocks[0].linear.kernel[...], body)
     assert not np.array_equal(module.head.kernel[...], head)
+
+
+def test_a_value_of_another_shape_written_at_an_epochs_start_is_refused_by_name():
+    class Reshaping(Regressor):
+        def on_train_epoch_start(self):
+            self.head.bias.set_value(jnp.zeros(3))
+
+    with pytest.raises(nf.StateError, match=r"`head\.bias` was given a value of shape \(3,\)"):
+        quiet(max_epochs=1).fit(Reshaping(rngs=nnx.Rngs(0)), loader())
+
+
+def test_an_evaluation_leaves_the_history_of_the_fit_alone():
+    trainer = quiet(max_epochs=1)
+    history = trainer.fit(module := Regressor(rngs=nnx.Rngs(0)), loader(), loader())
+    before = history.state_dict()
+    trainer.validate(module, loader(32))
+    assert history.state_dict() == before
+    assert trainer.history is history
+
+
+def test_a_dict_changed_in_place_reaches_the_step():
+    class Configured(Annealed):
+        def __init__(self):
+            super().__init__()
+            self.config = {"weight": 0.0}
+
+        def training_step(self, batch):
+            self.log("weight", self.config["weight"])
+            return Scalar.training_step(self, batch)
+
+        def on_train_epoch_start(self):
+            self.config["weight"] = float(self.current_epoch)
+
+    history = quiet(max_epochs=3, log_every_n_steps=1).fit(Configured(), targets(1))
+    assert [value for _, value in history["weight"]] == [0, 1, 2]
+
+
+def test_an_attribute_of_a_layer_set_before_a_batch_reaches_its_step():
+    class Hotter(Regressor):
+        def training_step(self, batch):
+            self.log("rate", self.blocks[0].dropout.rate)
+            return super().training_step(batch)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.blocks[0].dropout.rate = 0.1 * (batch_idx + 1)
+
+    history = quiet(max_steps=3, log_every_n_steps=1).fit(Hotter(rngs=nnx.Rngs(0)), loader())
+    np.testing.assert_allclose([value for _, value in history["rate"]], [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_stages_of_their_own_mode_cost_no_compilation():
+    class Looking(Regressor):
+        def on_train_epoch_start(self):
+            self.looked = True
+
+        def on_validation_epoch_end(self):
+            self.looked = False
+
+    trainer = quiet(max_epochs=3)
+    trainer.fit(Looking(rngs=nnx.Rngs(0)), loader(), loader())
+    assert trainer.compilations == ["first call"]

@@ -148,6 +148,38 @@ def test_the_module_knows_its_trainer_and_where_it_is():
     assert seen == [(trainer, 2, 0), (trainer, 4, 1)] and module.trainer is trainer
 
 
+def test_a_module_that_another_trainer_ran_in_a_hook_is_its_first_trainers_again():
+    class Evaluates(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            assert eager(max_epochs=1).validate(module, targets(3)) == [{"val/target": 3.0}]
+
+    class Logs(Scalar):
+        def on_train_epoch_end(self):
+            self.log("epoch", self.current_epoch)
+
+    module, trainer = Logs(), eager(max_epochs=2, callbacks=Evaluates())
+    history = trainer.fit(module, targets(1, 2))
+    assert module.trainer is trainer and history["epoch"] == [(2, 0.0), (4, 1.0)]
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_a_verb_in_a_hook_of_the_same_trainer_is_refused(verb):
+    class Nests(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            getattr(trainer, verb)(module, targets(1))
+
+    trainer = eager(max_epochs=1, callbacks=Nests())
+    with pytest.raises(nf.ConfigurationError, match=f"Trainer.{verb} was called while this Trainer's fit is under way"):
+        trainer.fit(Scalar(), targets(1))
+    trainer.callbacks.clear()
+    trainer.fit(Scalar(), targets(1))
+
+
+def test_predicting_needs_a_step_or_a_call():
+    with pytest.raises(nf.ConfigurationError, match="Scalar has no predict_step"):
+        eager(max_epochs=1).predict(Scalar(), targets(1))
+
+
 def test_numbers_of_batches():
     trainer = eager(max_epochs=1, limit_val_batches=0.5, limit_predict_batches=2)
     seen = []

@@ -108,6 +108,12 @@ class EarlyStopping(Callback):
             return f"{name} did not improve on {self.best_score:.6g} in the last {self.wait_count} checks"
         return None
 
+    def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:
+        """Starts over: what another fit reached says nothing of this one. A run that continues has its state back."""
+        if stage == "fit":
+            self.wait_count = self.stopped_epoch = 0
+            self.best_score = worst(self.mode)
+
     def on_validation_end(self, trainer: Trainer, module: FitModule) -> None:
         """Checks after a validation, unless training epochs are what is checked after."""
         if trainer.fitting and not trainer.sanity_checking and not self._after_train_epochs(trainer):

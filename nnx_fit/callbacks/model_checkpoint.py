@@ -77,6 +77,7 @@ class ModelCheckpoint(Callback):
     ):
         owner = "ModelCheckpoint"
         self.dirpath = Path(dirpath) if dirpath is not None else None
+        self._follows_trainer = dirpath is None
         self.filename = names.DEFAULT if filename is None else filename
         names.check_template(self.filename)
         self.monitor = monitor
@@ -129,15 +130,19 @@ class ModelCheckpoint(Callback):
 
     def directory(self, trainer: Trainer) -> Path:
         """The directory of the checkpoints: `dirpath`, or its default under this Trainer."""
-        return self.dirpath if self.dirpath is not None else Path(trainer.log_dir) / "checkpoints"
+        if self.dirpath is None or self._follows_trainer:
+            return Path(trainer.log_dir) / "checkpoints"
+        return self.dirpath
 
     def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:
         """Finds the directory, and refuses one that cannot be written to."""
-        self.dirpath = self.directory(trainer)
-        if self._shelf is None:
+        if self._shelf is None or stage == "fit":
+            # Each fit has its own: the best of another one, perhaps of another module, is not the best of this one.
+            self.dirpath = self.directory(trainer)
             self._shelf = CheckpointShelf(self.dirpath, self.filename, TopK(self.save_top_k, self.mode))
         if stage == "fit":
-            check_writable(self.dirpath)
+            check_writable(self._shelf.directory)
+            self._validation_metric = None
             self._start_step = None
             self._saved_step = self._ended_step = -1
             self._validated = self._deferred = False

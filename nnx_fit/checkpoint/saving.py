@@ -61,7 +61,7 @@ class Checkpoints:
         assert run.live is not None
         arrays = contents.module_arrays(run.live.layout, run.live.collect())
         meta: dict[str, Any] = {
-            "weights_only": weights_only,
+            "weights_only": weights_only or run.train_program is None,
             "module": type(run.module).__qualname__,
             "hparams": dict(run.module.hparams),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

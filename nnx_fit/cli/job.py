@@ -6,6 +6,11 @@ Hydra runs one of them, once or for each job of a sweep, maybe in a process of i
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +66,8 @@ def _run(command: str, cfg: DictConfig) -> float | None:
         check_config(cfg, command)
         resumed = run_directory.claim(run_dir, resume=cfg.get("resume") == "auto")
         run_directory.write_record(run_dir, cfg, hydra_cfg, resumed=resumed)
-        parts = objects.build(cfg, list(hydra_cfg.overrides.task), run_dir)
+        with _ended_at_once():
+            parts = objects.build(cfg, list(hydra_cfg.overrides.task), run_dir)
         tensorboard = any(type(logger).__name__ == "TensorBoardLogger" for logger in parts.trainer.loggers)
         report.announce(run_dir, tensorboard=tensorboard)
         if command == "fit":
@@ -77,10 +83,30 @@ def _run(command: str, cfg: DictConfig) -> float | None:
         raise
 
 
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once while the objects are built.
+
+    Raised inside the imports of a large library it would come out as any error; nothing is under way yet to be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        os.write(2, b"Interrupted.\n")
+        os._exit(130)
+
+    earlier = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def _fit(cfg: DictConfig, parts: objects.Objects, ckpt_path: str | None) -> float | None:
     trainer = parts.trainer
-    for logger in trainer.loggers:
-        logger.log_text("config", f"```yaml\n{OmegaConf.to_yaml(cfg, resolve=True)}```")
+    trainer.texts["config"] = f"```yaml\n{OmegaConf.to_yaml(cfg, resolve=True)}```"
     trainer.fit(parts.model, datamodule=parts.data, ckpt_path=ckpt_path)
     metrics = dict(trainer.callback_metrics)
     checkpoints = trainer.checkpoint_callback

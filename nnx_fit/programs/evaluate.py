@@ -89,6 +89,7 @@ class EvalProgram:
         self._mutable_positions = [i for slot in self._mutable for i in range(slot.start, slot.stop)]
         self._scratch: list[Any] = []
         self._kept: set[int] = set()
+        self._advised = False
 
     @property
     def sentinel(self) -> Any:
@@ -157,13 +158,10 @@ class EvalProgram:
         """Tells of what the step wrote and should not have; notes what it may change."""
         hook, mutable = HOOKS[self._stage], {slot.start for slot in self._mutable}
         self._kept |= {i for i in self._mutable_positions if after[i] is not before[i]}
-        drawn = [
-            slot.name
-            for slot in self._layout.slots
-            if issubclass(slot.type, nnx.RngCount) and after[slot.start] is not before[slot.start]
-        ]
-        if drawn:
-            advise_on_randomness(hook, drawn)
+        counts = [slot for slot in self._layout.slots if issubclass(slot.type, nnx.RngCount)]
+        if not self._advised and (drawn := written(counts, before, after, again)):
+            self._advised = True
+            advise_on_randomness(hook, [slot.name for slot in drawn])
         if self._guard == "off":
             return
         watched = [

@@ -116,6 +116,12 @@ def _value(layer: Any, name: str, training: bool) -> bool:
     return FLAGS[name] if mode else not FLAGS[name]
 
 
+def flags_of(cls: type) -> list[str]:
+    """The flags that a class's `__call__` takes."""
+    call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
+    return list(_flag_positions(call)) if call is not None else []
+
+
 def unknown_flags(cls: type) -> list[str]:
     """The parameters of a class's `__call__` with a default that is a bool, other than the flags filled in here."""
     call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)

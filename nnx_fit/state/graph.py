@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
@@ -52,8 +53,13 @@ def static_attributes(node: nnx.Module) -> dict[str, Any]:
         for name, value in vars(node).items()
         if not name.startswith("_pytree__")
         and not data.get(name, False)
-        and not isinstance(value, nnx.Pytree | nnx.Variable | jax.Array | np.ndarray)
+        and not (isinstance(value, nnx.Pytree | nnx.Variable | jax.Array | np.ndarray) and not _is_tracer(value))
     }
+
+
+def _is_tracer(value: Any) -> bool:
+    """Whether a value is traced; set as an attribute in a step it is no data of the module, but a leak."""
+    return isinstance(value, jax.core.Tracer)
 
 
 def modules(module: Any, kind: type = nnx.Module) -> Iterator[tuple[Path, Any]]:

@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 
 from nnx_fit.errors import StateError
 from nnx_fit.state import graph
+from nnx_fit.state.call_flags import flags_of
 from nnx_fit.state.layout import Slot
 from nnx_fit.state.modes import ATTRIBUTES
 
@@ -137,6 +138,12 @@ def report_eval(module: nnx.Module, slots: Sequence[Slot], hook: str, guard: Gua
             f"The {noun} {where} ran in training mode during {_stage(hook)}, so evaluation data leaked into the model."
         )
         fix = "pass `use_running_average=not self.training`, or let the module follow train()/eval()."
+    elif flags := flags_of(type(owner)):
+        cause = (
+            f"The {noun} {where} ({type(owner).__name__}) was told to train by an explicit `{flags[0]}`, so evaluation "
+            "data leaked into the model."
+        )
+        fix = f"leave `{flags[0]}` out of the call: it is filled in for the mode."
     else:
         cause = (
             f"The {noun} {where} ({type(owner).__name__}) wrote without looking at the mode, so evaluation data leaked "

@@ -13,8 +13,12 @@ from typing import Any
 from flax import nnx
 
 from nnx_fit.state import graph
+from nnx_fit.state.modes import ATTRIBUTES
 
 _MISSING = object()
+
+# Set by the Trainer for each stage; never a change of the module.
+_MODES = {*ATTRIBUTES, "_training"}
 
 
 def is_flax(cls: type) -> bool:
@@ -52,11 +56,15 @@ def _recording(read: Any, names: set[str]) -> Any:
 
 
 def plain_attributes(module: nnx.Module) -> dict[graph.Path, Any]:
-    """Every attribute of every module that is no node of the graph and none of Flax's own bookkeeping, by path."""
+    """Every attribute of every module that is no node of the graph and none of Flax's own bookkeeping, by path.
+
+    Lists, dicts and sets are copied, so that a later change in place shows.
+    """
     return {
-        (*path, name): value
+        (*path, name): value.copy() if isinstance(value, list | dict | set) else value
         for path, node in graph.modules(module)
         for name, value in graph.static_attributes(node).items()
+        if name not in _MODES
     }
 
 

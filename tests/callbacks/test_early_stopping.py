@@ -122,3 +122,12 @@ def test_state_round_trip():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(nf.ConfigurationError, match=message):
         nf.EarlyStopping(**arguments)
+
+
+def test_another_fit_starts_over():
+    stopping = nf.EarlyStopping("val/target", patience=2)
+    trainer = nets.quiet(max_epochs=3, callbacks=stopping)
+    scripted_fit([1, 2, 1.5], trainer)
+    assert (stopping.wait_count, stopping.best_score) == (2, 1.0)
+    scripted_fit([9, 8, 7], trainer)
+    assert (stopping.wait_count, stopping.best_score, trainer.current_epoch) == (0, 7.0, 3)

@@ -308,3 +308,20 @@ def test_last_is_the_state_a_signal_ended(tmp_path, number, error):
         fit([1, 1], checkpoint, callbacks=[Interrupts()])
     assert steps(tmp_path) == {"epoch=0-step=2": 2, "last": 3}
     assert checkpoint.last_model_path == str(tmp_path / "last")
+
+
+def test_best_is_that_of_the_last_fit(tmp_path):
+    checkpoint = nf.ModelCheckpoint(tmp_path, monitor="val/target")
+    trainer = nets.quiet(max_epochs=2, jit=False, callbacks=checkpoint, enable_checkpointing=True)
+    scripted_fit([2, 1], trainer)
+    scripted_fit([6, 5], trainer)
+    assert (checkpoint.best_model_path, checkpoint.best_model_score) == (str(tmp_path / "epoch=1-step=4-v1"), 5.0)
+    assert on_disk(tmp_path) == ["epoch=1-step=4", "epoch=1-step=4-v1", "last", "last-v1"]
+
+
+def test_one_callback_in_two_trainers_saves_in_the_directory_of_each(tmp_path):
+    checkpoint = nf.ModelCheckpoint(monitor="val/target")
+    fit([2], checkpoint, default_root_dir=tmp_path / "a")
+    fit([1], checkpoint, default_root_dir=tmp_path / "b")
+    assert checkpoint.best_model_path == str(tmp_path / "b" / "checkpoints" / "epoch=0-step=2")
+    assert on_disk(tmp_path / "a" / "checkpoints") == ["epoch=0-step=2", "last"]

@@ -366,3 +366,19 @@ def test_randomness_in_evaluation_is_advice_and_leaves_the_streams(caplog):
         quiet().validate(module, loader())
     assert "validation_step draws random numbers (noise.default.count)" in caplog.text
     assert int(module.noise.default.count[...]) == before
+
+
+def test_a_flag_passed_explicitly_is_named_as_the_cause():
+    class Told(WithLayer):
+        def __call__(self, x):
+            return Regressor.__call__(self, self.layer(x, train=True))
+
+    with pytest.raises(nf.StateError, match=r"was told to train by an explicit `train`.*\nFix: leave `train` out"):
+        quiet().validate(Told(ModalNorm(8), rngs=nnx.Rngs(0)), loader())
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+def test_dropout_that_draws_nothing_in_evaluation_is_not_advised_on(transform, caplog):
+    with caplog.at_level("INFO", "nnx_fit"):
+        quiet().validate(nested(transform)(rngs=nnx.Rngs(0)), loader())
+    assert "draws random numbers" not in caplog.text

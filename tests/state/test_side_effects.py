@@ -36,6 +36,12 @@ class Leaks(Noting):
         return super().training_step(batch)
 
 
+class LeaksPlainly(Noting):
+    def training_step(self, batch):
+        self.last = super().training_step(batch)
+        return self.last
+
+
 class LeaksInDict(Noting):
     def validation_step(self, batch):
         self.names["x"] = (batch["x"],)
@@ -57,7 +63,7 @@ def test_the_guard_can_be_silenced():
     fit(Counts(rngs=nnx.Rngs(0)), state_guard="off")
 
 
-@pytest.mark.parametrize(("make", "name"), [(Leaks, "seen"), (LeaksInDict, "names")])
+@pytest.mark.parametrize(("make", "name"), [(Leaks, "seen"), (LeaksPlainly, "last"), (LeaksInDict, "names")])
 def test_a_traced_value_kept_in_an_attribute_is_an_error_and_is_taken_out_again(make, name):
     module = make(rngs=nnx.Rngs(0))
     with pytest.raises(nf.StateError, match=rf"kept a traced value in `{name}`.*\nFix: return it from the step"):
