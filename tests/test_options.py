@@ -112,7 +112,6 @@ def test_arguments_that_contradict_each_other_are_both_named(given, message):
         ("gradient_clip_algorithm", "value"),
         ("precision", "bf16-mixed"),
         ("precision", 16),
-        ("state_guard", "off"),
         ("deterministic", True),
         ("profiler", "simple"),
         ("strategy", "fsdp"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nnx_fit.errors import ConfigurationError
+from nnx_fit.loggers.logger import Histogram
 from nnx_fit.loggers.tensorboard import TensorBoardLogger
 
 pytest.importorskip("tensorboard")
@@ -85,6 +86,19 @@ def test_histogram_keeps_counts_edges_and_moments(tmp_path):
     assert (got.num, got.min, got.max, got.sum, got.sum_squares) == tuple(moments.values())
     assert got.bucket_limit == edges.tolist()
     assert got.bucket == [0, *counts]
+
+
+def test_histograms_of_one_step_are_one_record(tmp_path):
+    edges, moments = np.array([0.0, 1.0, 2.0]), {"num": 3, "min": 0, "max": 2, "sum": 4, "sum_squares": 6}
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_histograms({}, 1)
+    assert not list(tmp_path.iterdir())
+    logger.log_histograms({tag: Histogram(np.array([1, 2]), edges, moments) for tag in ("a", "b")}, 2)
+    logger.finalize("success")
+    events = read(tmp_path)
+    for tag in ("a", "b"):
+        (event,) = events.Histograms(tag)
+        assert (event.step, event.histogram_value.bucket) == (2, [0, 1, 2])
 
 
 def test_image_is_a_png_of_the_same_pixels(tmp_path):
