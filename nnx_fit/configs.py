@@ -131,6 +131,16 @@ class LearningRateMonitorConfig:
 
 
 @dataclass
+class VariableMonitorConfig:
+    """Arguments of `nnx_fit.VariableMonitor`."""
+
+    _target_: str = "nnx_fit.VariableMonitor"
+    every_n_steps: int | None = None
+    include: Any = None
+    params: bool = False
+
+
+@dataclass
 class TensorBoardLoggerConfig:
     """Arguments of `nnx_fit.TensorBoardLogger`."""
 
@@ -156,6 +166,7 @@ SCHEMAS: dict[str, type] = {
     "model_checkpoint": ModelCheckpointConfig,
     "early_stopping": EarlyStoppingConfig,
     "learning_rate_monitor": LearningRateMonitorConfig,
+    "variable_monitor": VariableMonitorConfig,
     "tensorboard": TensorBoardLoggerConfig,
     "csv": CSVLoggerConfig,
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nnx_fit.loggers.logger import Logger
     from nnx_fit.loops.fit import ValidationPlan
     from nnx_fit.run import Run
+    from nnx_fit.state.layout import Layout
 
 
 class TrainerViews:
@@ -153,6 +154,12 @@ class TrainerViews:
         """Why the train program was compiled, each time."""
         program = self._run.train_program if self._run is not None else None
         return list(program.sentinel.causes) if program is not None else []
+
+    @property
+    def layout(self) -> Layout | None:
+        """Role and place of each of the module's arrays: another object after a hook changed the module."""
+        live = self._run.live if self._run is not None else None
+        return live.layout if live is not None else None
 
     def peek(self, selector: Any) -> dict[str, Any]:
         """The live arrays of the Variables that a filter matches, without bringing the module up to date.

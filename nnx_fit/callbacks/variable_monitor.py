@@ -1,38 +1,58 @@
-"""`VariableMonitor`: histograms, means and standard deviations of running statistics (and parameters) over time.
+"""`VariableMonitor`: running statistics, and on request parameters, gradients and updates, over time.
 
-One small program bins all Variables together on the device; only its result, some hundred numbers for each Variable,
-travels, and the run does not wait for it.
+What is watched is bound to tags in `watched.py` and binned on the device in `summaries.py`; this file says when, and
+hands on what has arrived. Only the norms of gradients are taken inside the train program, where alone they exist.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from nnx_fit.callbacks.arguments import whole_number
 from nnx_fit.callbacks.callback import Callback
+from nnx_fit.callbacks.summaries import DRIFT, MEAN, STD, UNKNOWN, histograms, scale_of, summarize
+from nnx_fit.callbacks.watched import AtPaths, Watched, find_watched, layer_of
+from nnx_fit.state.live import copied
 
 if TYPE_CHECKING:
     from nnx_fit.module import FitModule
+    from nnx_fit.programs.train import StepView
     from nnx_fit.trainer import Trainer
-
-BINS = 64
-# Places in a row of the program's result, after the bins.
-_MOMENTS = ("num", "min", "max", "sum", "sum_squares", "mean", "std")
 
 
 class VariableMonitor(Callback):
-    """Logs each float Variable of the *stats* role: `state/<path>/mean`, `state/<path>/std`, and a histogram.
+    """Logs the Variables of the *stats* role, whatever their type, and on request parameters and how they move.
+
+    Every `every_n_steps` updates, and at the end of training, for each array:
+
+    - `state/<path>`: a histogram, with `state/<path>/mean` and `state/<path>/std`. A mean that is NaN or infinite
+      tells of such values; the histogram is of the others.
+    - `state/<path>/drift`: for a running statistic, how far it is from the statistic of the last batch alone:
+      `|b - r| / max(|b|, |r|)`, where `b = (r' - m r) / (1 - m)` is the batch statistic that moved it from `r` to `r'`
+      with momentum `m` (see `nnx_fit.callbacks.summaries.drift`). Known for `nnx.BatchNorm`, and for any layer with a
+      `momentum` whose Variable is an `nnx.BatchStat` or has mean, var or std in its name. The step is taken for one
+      call of the layer. A value near 0 says that evaluation sees what training sees.
+
+    With `params=True` also:
+
+    - `params/<path>` and `updates/<path>`: histograms, and mean and deviation of the parameters.
+    - `params/<layer>/norm`, `updates/<layer>/norm` and `updates/<layer>/ratio`, the update's norm to the parameters':
+      a healthy one is often about 1e-3. An update is what changed in the parameters, in their own precision.
+    - `gradients/<layer>/norm`: with the other metrics of a step, every `log_every_n_steps`.
+
+    All arrays are summarized by one program on the device. The run neither waits for it nor for what it gives.
 
     Args:
         every_n_steps: Updates between two records. Default: twice the Trainer's `log_every_n_steps`.
         include: NNX filter of the Variables to log. Default: those of the *stats* role.
-        params: Log parameters too, trained and frozen ones, as `params/<path>`.
+        params: Log parameters, trained and frozen ones, and gradients and updates.
     """
 
     reads_module = False
@@ -44,124 +64,140 @@ class VariableMonitor(Callback):
         self.include = include
         self.params = params
         self._interval = 0
-        self._tags: dict[str, str] = {}
+        self._layout: Any = None
+        self._watched: list[Watched] = []
+        self._selector: Any = None
+        self._moving: list[int] = []
+        self._previous: tuple[int, dict[int, jax.Array]] = (-1, {})
         self._recorded_step = -1
-        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self._norms = False
+        self._pending: collections.deque[tuple[int, list[Watched], bool, Any]] = collections.deque()
 
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
-        """Finds the Variables to watch."""
+        """Finds out what there is to do."""
         self._pending.clear()
         self._recorded_step = -1
-        self._interval = self.every_n_steps or 2 * trainer.options.log_every_n_steps
-        self._tags = self._find(trainer) if trainer.loggers and self._interval else {}
+        self._layout = None
+        self._interval = (self.every_n_steps or 2 * trainer.options.log_every_n_steps) if trainer.loggers else 0
+        self._norms = self.params and bool(self._interval)
+        if self._interval:
+            self._remember(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: FitModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Records where it is due, and hands on what has arrived."""
-        if self._tags and trainer.global_step % self._interval == 0:
-            self._record(trainer)
-        while self._pending and self._pending[0][1].is_ready():
+        if self._interval:
+            if trainer.global_step % self._interval == 0 and trainer.global_step != self._recorded_step:
+                self._record(trainer)
+            self._remember(trainer)
+        while self._pending and self._pending[0][-1].is_ready():
             self._publish(trainer)
 
     def on_train_end(self, trainer: Trainer, module: FitModule) -> None:
         """Records the values that the run ends with."""
-        if self._tags and 0 < trainer.global_step != self._recorded_step:
+        if self._interval and 0 < trainer.global_step != self._recorded_step:
             self._record(trainer)
+        self._previous = (-1, {})
         while self._pending:
             self._publish(trainer)
 
-    def _find(self, trainer: Trainer) -> dict[str, str]:
-        """The paths to watch with their tags."""
-        roles = {row.path: row.role for row in trainer.partition.rows}
-        included = set(trainer.peek(self.include)) if self.include is not None else None
-        tags = {}
-        for path, array in trainer.peek(...).items():
-            # One of several arrays of a Variable has the path of the Variable and an index.
-            role = roles.get(path) or roles.get(path.rpartition("[")[0], "rngs")
-            is_param = role in ("params", "frozen")
-            wanted = path in included if included is not None else role == "stats"
-            if (wanted or (self.params and is_param)) and array.size and jnp.issubdtype(array.dtype, jnp.floating):
-                tags[path] = f"{'params' if is_param else 'state'}/{path}"
-        return tags
+    def step_metrics(self, view: StepView) -> Mapping[str, Any]:
+        """The norms of the gradients, layer by layer."""
+        if not self._norms:
+            return {}
+        layers: dict[str, list[jax.Array]] = {}
+        for path, gradient in nnx.to_flat_state(view.grads):
+            layers.setdefault(layer_of(path), []).append(gradient)
+        # In every step, without a branch: a branch would make XLA compile the update itself to other bits, and a GPU's
+        # host would wait for its condition.
+        return {f"gradients/{layer}/norm": jnp.sqrt(sum(map(_sum_squares, own))) for layer, own in layers.items()}
+
+    def _live(self, trainer: Trainer) -> list[jax.Array]:
+        """The arrays that are watched, in the program's hands: the next step donates them."""
+        if trainer.layout is not self._layout:
+            self._layout = trainer.layout
+            self._watched = find_watched(trainer, self.include, self.params)
+            self._selector = AtPaths(self._watched)
+            self._moving = [
+                i for i, array in enumerate(self._watched) if array.decay or (self.params and array.trained)
+            ]
+            self._previous = (-1, {})
+        found = trainer.peek(self._selector)
+        return [found[array.name] for array in self._watched]
+
+    def _remember(self, trainer: Trainer) -> None:
+        """Before a step that will be recorded: keeps what it moves, on the device."""
+        if (trainer.global_step + 1) % self._interval == 0:
+            live = self._live(trainer)
+            kept = copied([live[i] for i in self._moving]) if self._moving else []
+            self._previous = (trainer.global_step, dict(zip(self._moving, kept, strict=True)))
 
     def _record(self, trainer: Trainer) -> None:
-        live = trainer.peek(...)
-        summary = _summarize([live[path] for path in self._tags])
-        summary.copy_to_host_async()
-        self._pending.append((trainer.global_step, summary))
+        live = self._live(trainer)
         self._recorded_step = trainer.global_step
+        if not live:
+            return
+        step, previous = self._previous
+        follows = step == trainer.global_step - 1
+        watched = self._watched
+        summary = summarize(
+            live,
+            # Without the step before, the arrays stand in for it, so that there is one program and not two.
+            previous if follows else {i: live[i] for i in self._moving},
+            decays=tuple((i, array.decay) for i, array in enumerate(watched) if array.decay),
+            updates=tuple(self._updated(watched)),
+        )
+        summary.copy_to_host_async()
+        self._pending.append((trainer.global_step, watched, follows, summary))
+
+    def _updated(self, watched: list[Watched]) -> list[int]:
+        return [i for i, array in enumerate(watched) if self.params and array.trained]
 
     def _publish(self, trainer: Trainer) -> None:
-        step, summary = self._pending.popleft()
-        rows = dict(zip(self._tags.values(), np.asarray(summary, np.float64), strict=True))
-        scalars: dict[str, float] = {}
-        for tag, row in rows.items():
-            scalars[f"{tag}/mean"], scalars[f"{tag}/std"] = row[BINS + 5], row[BINS + 6]
+        step, watched, follows, summary = self._pending.popleft()
+        rows = np.asarray(summary, np.float64)
+        tags = [array.tag for array in watched]
+        if follows:
+            tags += [watched[i].tag.replace("params/", "updates/", 1) for i in self._updated(watched)]
+        scalars = dict(_scalars(watched, rows))
+        if self.params:
+            scalars |= _layer_norms(watched, rows, self._updated(watched), follows)
+        binned = histograms(tags, rows[: len(tags)])
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step)
-            for tag, counts, edges, moments in _histograms(rows):
-                logger.log_histogram(tag, counts, edges, step, moments)
+            logger.log_histograms(binned, step)
 
 
-def _histograms(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, np.ndarray, dict[str, float]]]:
-    for tag, row in rows.items():
-        moments: dict[str, float] = dict(zip(_MOMENTS[:5], row[BINS:].tolist(), strict=False))
-        if moments["num"] == 0:
-            continue
-        low, high, counts = moments["min"], moments["max"], row[:BINS]
-        if low == high:
-            # All values are one: a bar in the middle, wide enough to tell its edges apart.
-            bar = max(1.0, abs(low) * 1e-3) / BINS
-            low, high = low - bar * (BINS // 2 + 0.5), low + bar * (BINS // 2 - 0.5)
-            counts = np.roll(counts, BINS // 2)
-        yield tag, counts, np.linspace(low, high, BINS + 1), moments
+def _scalars(watched: list[Watched], rows: np.ndarray) -> Iterator[tuple[str, float]]:
+    means, deviations, drifts = rows[:, MEAN].tolist(), rows[:, STD].tolist(), rows[:, DRIFT].tolist()
+    for i, array in enumerate(watched):
+        yield f"{array.tag}/mean", means[i]
+        yield f"{array.tag}/std", deviations[i]
+        if drifts[i] != UNKNOWN:
+            yield f"{array.tag}/drift", drifts[i]
 
 
-@jax.jit
-def _summarize(arrays: list[jax.Array]) -> jax.Array:
-    """Bins, and moments in the order of `_MOMENTS`, of each array: float32 of shape `(arrays, bins + 7)`.
-
-    Bins and the first five moments are of the finite values; mean and standard deviation are of all.
-    """
-    alike: dict[int, list[int]] = {}
-    for place, array in enumerate(arrays):
-        alike.setdefault(_padded_size(array.size), []).append(place)
-    rows: dict[int, jax.Array] = {}
-    # Arrays of about one size are summarized together, so that the program of a deep model is compiled fast.
-    for size, places in alike.items():
-        flat = [arrays[place].astype(jnp.float32).ravel() for place in places]
-        together = jnp.stack([jnp.pad(array, (0, size - array.size)) for array in flat])
-        sizes = jnp.array([[array.size] for array in flat], jnp.int32)
-        rows |= zip(places, _rows(together, sizes), strict=True)
-    return jnp.stack([rows[place] for place in range(len(arrays))])
-
-
-def _padded_size(size: int) -> int:
-    """The next power of two, at least 1024; large arrays are left as they are, since padding costs memory."""
-    return max(1024, 1 << (size - 1).bit_length()) if size <= 65536 else size
+def _layer_norms(
+    watched: list[Watched], rows: np.ndarray, updated: list[int], follows: bool
+) -> Iterator[tuple[str, float]]:
+    places: dict[str, list[int]] = {}
+    updates: dict[str, list[int]] = {}
+    for i, array in enumerate(watched):
+        if array.tag.startswith("params/"):
+            places.setdefault(array.layer, []).append(i)
+    for k, i in enumerate(updated):
+        updates.setdefault(watched[i].layer, []).append(len(watched) + k)
+    for layer, own in places.items():
+        yield f"params/{layer}/norm", scale_of(rows[own])
+        if follows and layer in updates:
+            size = scale_of(rows[updates[layer]])
+            weight = scale_of(rows[[i for i in own if watched[i].trained]])
+            yield f"updates/{layer}/norm", size
+            if weight != 0:
+                yield f"updates/{layer}/ratio", size / weight
 
 
-def _rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The summaries of the rows of `x`, of which the first `sizes` elements count."""
-    inside = jnp.arange(x.shape[1]) < sizes
-    finite = jnp.isfinite(x) & inside
-    low = jnp.min(x, 1, initial=jnp.inf, where=finite, keepdims=True)
-    high = jnp.max(x, 1, initial=-jnp.inf, where=finite, keepdims=True)
-    width = high - low
-    place = jnp.where(finite & (width > 0), (x - low) / jnp.where(width > 0, width, 1) * BINS, 0)
-    place = jnp.clip(place.astype(jnp.int32), 0, BINS - 1)
-    counts = jnp.zeros((x.shape[0], BINS)).at[jnp.arange(x.shape[0])[:, None], place].add(finite.astype(jnp.float32))
-    values = jnp.where(finite, x, 0)
-    # Mean and deviation in one pass, relative to a value of the array itself so that little is cancelled.
-    distance = jnp.where(inside, x - x[:, :1], 0)
-    offset = distance.sum(1, keepdims=True) / sizes
-    variance = (distance**2).sum(1, keepdims=True) / sizes - offset**2
-    moments = [
-        finite.sum(1, keepdims=True, dtype=jnp.float32),
-        low,
-        high,
-        values.sum(1, keepdims=True),
-        (values**2).sum(1, keepdims=True),
-        x[:, :1] + offset,
-        jnp.sqrt(jnp.maximum(variance, 0)),
-    ]
-    return jnp.concatenate([counts, *moments], 1)
+def _sum_squares(x: jax.Array) -> jax.Array:
+    """The sum of squared magnitudes, as a product: far faster than a sum on a CPU. Shards stay where they are."""
+    x = (jnp.abs(x) if jnp.iscomplexobj(x) else x).astype(jnp.float32)
+    axes = tuple(range(x.ndim))
+    return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)

@@ -8,11 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Status = Literal["success", "failed", "interrupted"]
+
+
+class Histogram(NamedTuple):
+    """A histogram that was binned elsewhere.
+
+    Attributes:
+        counts: Number of values in each bin, shape `(bins,)`.
+        edges: Bin edges, shape `(bins + 1,)`.
+        moments: `num`, `min`, `max`, `sum` and `sum_squares` of the values.
+    """
+
+    counts: np.ndarray
+    edges: np.ndarray
+    moments: Mapping[str, float]
 
 
 class Logger:
@@ -60,6 +74,11 @@ class Logger:
             step: `global_step`.
             moments: `num`, `min`, `max`, `sum` and `sum_squares` of the values.
         """
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Records the histograms of one step, by tag."""
+        for tag, (counts, edges, moments) in histograms.items():
+            self.log_histogram(tag, counts, edges, step, moments)
 
     def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Records an image of shape `(height, width, channels)`, uint8 or float in 0..1."""
