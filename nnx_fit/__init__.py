@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ArrayLoader": "nnx_fit.data.loaders",
+    "ArrayLoader": "nnx_fit.data.array_loader",
     "CSVLogger": "nnx_fit.loggers.csv",
     "Callback": "nnx_fit.callbacks.callback",
     "CheckpointError": "nnx_fit.errors",
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from nnx_fit.callbacks.model_summary import ModelSummary as ModelSummary
     from nnx_fit.callbacks.progress_bar import RichProgressBar as RichProgressBar
     from nnx_fit.callbacks.variable_monitor import VariableMonitor as VariableMonitor
+    from nnx_fit.data.array_loader import ArrayLoader as ArrayLoader
     from nnx_fit.data.datamodule import DataModule as DataModule
-    from nnx_fit.data.loaders import ArrayLoader as ArrayLoader
     from nnx_fit.errors import CheckpointError as CheckpointError
     from nnx_fit.errors import ConfigurationError as ConfigurationError
     from nnx_fit.errors import NnxFitError as NnxFitError

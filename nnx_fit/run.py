@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flax import nnx
-
 from nnx_fit import scope
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.data.sources import Source
@@ -22,17 +20,15 @@ from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.options import Options
 from nnx_fit.programs.evaluate import EvalProgram
 from nnx_fit.programs.train import TrainOptions, TrainProgram
-from nnx_fit.state import graph
+from nnx_fit.state.blueprint import Blueprint
 from nnx_fit.state.filters import matches
-from nnx_fit.state.layout import Layout, Slot, describe_change
+from nnx_fit.state.layout import Slot, describe_change
 from nnx_fit.state.live import Live
-from nnx_fit.state.modes import marked, set_mode
-from nnx_fit.state.reads import matters, plain_attributes
+from nnx_fit.state.modes import set_mode
+from nnx_fit.state.reads import matters
 from nnx_fit.state.side_effects import warn_of_untoggled_modes
 
 logger = logging.getLogger("nnx_fit")
-
-_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +94,8 @@ class Run:
         self.train_program: TrainProgram | None = None
         self.trainable: Any = None
         self.batches: Any = None
-        self._graphdefs: dict[bool, nnx.GraphDef] = {}
+        self._blueprint: Blueprint | None = None
         self._eval_programs: dict[tuple[str, int], EvalProgram] = {}
-        self._plain: dict[graph.Path, Any] = {}
         self._rebuilds = 0
         # What `peek` found last: who asks at every step, asks for the same.
         self._selection: tuple[Live | None, Any, list[tuple[str, Slot]]] = (None, None, [])
@@ -149,9 +144,8 @@ class Run:
         """Takes the module over as it is now: its layout, its values, and its graphdef in each mode."""
         if self.options.state_guard != "off":
             warn_of_untoggled_modes(self.module)
-        self._graphdefs = self._both_graphdefs()
-        self._plain = plain_attributes(self.module)
-        self.live = Live(self.module, self._layout())
+        self._blueprint = Blueprint(self.module, self.trainable)
+        self.live = Live(self.module, self._blueprint.layout)
         return self.live
 
     def refresh(self) -> None:
@@ -164,16 +158,19 @@ class Run:
             return
         self.funnel.looked = False
         self.live.show()
-        graphdefs, layout, plain = self._both_graphdefs(), self._layout(), plain_attributes(self.module)
-        if [slot.path for slot in layout.slots] == [slot.path for slot in self.live.layout.slots]:
-            self.live.collect()  # refuses a value of another shape, by name
-        same = layout.slots == self.live.layout.slots
-        changed = self._changed(plain)
-        matter = any(matters(self.module, path, self._reads) for path in changed)
-        old_graphdefs, self._graphdefs, self._plain = self._graphdefs, graphdefs, plain
-        if same and not matter and (changed or graphdefs == old_graphdefs):
+        old = self._of_programs
+        if old.intact(self.trainable):
+            self.live.collect()
             return
-        what = describe_change(old_graphdefs[True], graphdefs[True], self.live.layout, layout)
+        new = Blueprint(self.module, self.trainable)
+        if [slot.path for slot in new.layout.slots] == [slot.path for slot in old.layout.slots]:
+            self.live.collect()  # refuses a value of another shape, by name
+        changed = old.changed()
+        matter = any(matters(self.module, path, self._reads) for path in changed)
+        self._blueprint = new
+        if new.layout.slots == old.layout.slots and not matter and (changed or new.graphdefs == old.graphdefs):
+            return
+        what = describe_change(old.graphdefs[True], new.graphdefs[True], old.layout, new.layout)
         self._rebuilds += 1
         logger.log(
             logging.INFO if self._rebuilds < 3 else logging.WARNING,
@@ -181,43 +178,30 @@ class Run:
             what,
             "" if self._rebuilds < 3 else " Fix: hold a number that changes often in an nnx.Variable.",
         )
-        self._graphdefs, self.live = graphdefs, Live(self.module, layout)
+        self.live = Live(self.module, new.layout)
         self._eval_programs.clear()
         if self.train_program is not None:
             self.train_program = self.train_program.rebuilt(
-                graphdefs[True], self.live, f"a hook changed the module: {what}"
+                new.graphdefs[True], self.live, f"a hook changed the module: {what}"
             )
 
     def refresh_in_epoch(self) -> None:
         """`refresh` between two batches, if an attribute that a step depends on changed."""
-        if self.funnel.looked:
-            changed = self._changed(plain_attributes(self.module))
-            if any(matters(self.module, path, self._reads) for path in changed):
-                self.refresh()
+        changed = self._of_programs.newly_changed() if self.funnel.looked else ()
+        if any(matters(self.module, path, self._reads) for path in changed):
+            self.refresh()
 
-    def _changed(self, plain: dict[graph.Path, Any]) -> list[graph.Path]:
-        return [path for path, value in plain.items() if not _equal(value, self._plain.get(path, _MISSING))]
-
-    def _both_graphdefs(self) -> dict[bool, nnx.GraphDef]:
-        module, found = self.module, {}
-        for training in (True, False):
-            saved = set_mode(module, training, module.eval_modules)
-            try:
-                with marked(module, training, module.eval_modules):
-                    found[training], _ = graph.flatten(module)
-            finally:
-                saved.restore()
-        return found
-
-    def _layout(self) -> Layout:
-        return Layout.of(self.module, self.module.trainable if self.trainable is None else self.trainable)
+    @property
+    def _of_programs(self) -> Blueprint:
+        assert self._blueprint is not None, "build was not called"
+        return self._blueprint
 
     def build_train_program(self, optimizer: BoundOptimizer) -> TrainProgram:
         """Builds the train program; the optimizer's state is made here."""
         assert self.live is not None
         options = TrainOptions(
             compiled=self.options.jit,
-            outputs=self.funnel.overridden("on_train_batch_end"),
+            outputs=self.funnel.takes_outputs("on_train_batch_end"),
             detect_nonfinite=self.options.detect_nonfinite,
             guard=self.options.state_guard,  # type: ignore[arg-type]
             reads=self._reads,
@@ -227,7 +211,7 @@ class Run:
                 if type(callback).step_metrics is not Callback.step_metrics
             ),
         )
-        self.train_program = TrainProgram(self.module, self._graphdefs[True], self.live, optimizer, options)
+        self.train_program = TrainProgram(self.module, self._of_programs.graphdefs[True], self.live, optimizer, options)
         return self.train_program
 
     @contextmanager
@@ -313,7 +297,7 @@ class Run:
             self._eval_programs[stage, index] = EvalProgram(
                 stage,
                 self.module,
-                self._graphdefs[False],
+                self._of_programs.graphdefs[False],
                 self.live,
                 dataloader_idx=index,
                 outputs=keep or self.funnel.overridden(f"on_{HOOK_STAGE[stage]}_batch_end"),
@@ -322,12 +306,3 @@ class Run:
                 reads=self._reads,
             )
         return self._eval_programs[stage, index]
-
-
-def _equal(new: Any, old: Any) -> bool:
-    if new is old:
-        return True
-    try:
-        return bool(new == old)
-    except Exception:  # an object whose comparison is none: another object is another value
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from nnx_fit.options import Options
 from nnx_fit.state.partition import StatePartition, partition
 
 if TYPE_CHECKING:
+    import jax
+
     from nnx_fit.loggers.logger import Logger
     from nnx_fit.loops.fit import ValidationPlan
     from nnx_fit.run import Run
@@ -160,6 +163,17 @@ class TrainerViews:
         """Role and place of each of the module's arrays: another object after a hook changed the module."""
         live = self._run.live if self._run is not None else None
         return live.layout if live is not None else None
+
+    def when_ready(self, array: jax.Array, function: Callable[[], None]) -> None:
+        """Calls a function once an array has arrived on the host: after some later step, or when training ends.
+
+        Neither the run nor the caller waits for the device. Functions are called in the order they were given in.
+
+        Args:
+            array: What the function is about to read; it must not be donated meanwhile.
+            function: Takes no arguments.
+        """
+        self._ledger.defer([array], function)
 
     def peek(self, selector: Any) -> dict[str, Any]:
         """The live arrays of the Variables that a filter matches, without bringing the module up to date.

@@ -106,6 +106,7 @@ def _end_hooks(run: Run) -> None:
     if run.verb == "fit":
         with run.staged("train"):
             run.funnel.call("on_train_end")
+        run.ledger.drain()
         run.funnel.call("on_fit_end")
 
 

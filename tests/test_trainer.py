@@ -13,7 +13,7 @@ from flax import nnx
 from nets import Regressor, Scalar, arrays, quiet, targets
 
 import nnx_fit as nf
-from nnx_fit.callbacks.callback import Callback
+from nnx_fit.callbacks.callback import Callback, pausing
 from nnx_fit.loggers.logger import Logger
 
 
@@ -232,6 +232,26 @@ def test_peeking_gives_live_arrays_by_path_without_writing_the_module_back():
     (paths, *held, _), (*_, last) = seen
     assert paths == ["blocks.0.norm.mean", "blocks.0.norm.var"] and held == [True, True]
     np.testing.assert_array_equal(last["blocks.0.norm.mean"], module.blocks[0].norm.mean[...])
+
+
+def test_what_waits_for_an_array_is_called_once_in_order_and_before_fit_returns():
+    called = []
+
+    class Asks(Callback):
+        @pausing
+        def on_train_batch_end(self, trainer, module, *args):
+            step = trainer.global_step
+            value = jnp.sum(trainer.peek(nnx.Param)["w"])
+            trainer.when_ready(value, lambda: called.append((step, float(value))))
+            self.paused_until = step + 2
+
+        def on_train_end(self, trainer, module):
+            value = jnp.zeros(())
+            trainer.when_ready(value, lambda: called.append(("end", float(value))))
+
+    quiet(max_epochs=1, callbacks=Asks()).fit(Scalar(), targets(0, 0, 0, 0, 0))
+    np.testing.assert_allclose([value for _, value in called], [0.9, 0.9**3, 0.9**5, 0], rtol=1e-6)
+    assert [step for step, _ in called] == [1, 3, 5, "end"]
 
 
 def test_learning_rates_are_what_the_monitor_logs():

@@ -6,8 +6,8 @@ A callback sees the run from outside the compiled step. What it wants to know fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     from nnx_fit.module import FitModule
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from nnx_fit.trainer import Trainer
 
 Phase = Literal["before", "decide", "save"]
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def pausing(hook: _Hook) -> _Hook:
+    """Marks an `on_train_batch_end` with little to do: it makes no use of `outputs`, and most steps do not concern it.
+
+    The hook need not be called before `self.paused_until`, so that steps in between cost nothing, and the step's
+    outputs stay on the device. A subclass that overrides the hook says so again, or is called after each step.
+    """
+    hook.pausing = True  # type: ignore[attr-defined]
+    return hook
 
 
 class Callback:
@@ -28,10 +39,12 @@ class Callback:
         phase: When the callback's hooks run relative to the others: `"before"` the module's own hook (default), or
             after it to `"decide"` whether to go on, or last of all to `"save"`.
         reads_module: Whether the callback's hooks may read or write the module's Variables.
+        paused_until: `global_step` from which on an `on_train_batch_end` marked as `pausing` is called again.
     """
 
     phase: ClassVar[Phase] = "before"
     reads_module: bool = True
+    paused_until: int = 0
 
     def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:
         """Called first; `stage` is `"fit"`, `"validate"`, `"test"` or `"predict"`."""

@@ -7,6 +7,7 @@ that a run killed at any moment leaves a complete checkpoint.
 from __future__ import annotations
 
 import datetime
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nnx_fit.callbacks import checkpoint_names as names
 from nnx_fit.callbacks.arguments import seconds, whole_number
-from nnx_fit.callbacks.callback import Callback, Phase
+from nnx_fit.callbacks.callback import Callback, Phase, pausing
 from nnx_fit.callbacks.checkpoint_shelf import CheckpointShelf
 from nnx_fit.callbacks.monitor import Mode, check_mode, missing_metric, monitored_value, validates_once_per_epoch
 from nnx_fit.callbacks.top_k import TopK
@@ -152,11 +153,17 @@ class ModelCheckpoint(Callback):
         self._ready.origin = None if trainer.resumed_from is None else Path(trainer.resumed_from)
         self._start_step = trainer.global_step
         self._next_time = time.monotonic() + (self.train_time_interval or float("inf"))
+        self._pause(trainer.global_step)
 
+    @pausing
     def on_train_batch_end(self, trainer: Trainer, module: FitModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves where an interval of updates or of time ends."""
         if self._ready.waiting:
             self._ready.tidy()
+        self._save_if_due(trainer)
+        self._pause(trainer.global_step)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
         if self.every_n_train_steps:
             if trainer.global_step % self.every_n_train_steps:
                 return
@@ -253,6 +260,14 @@ class ModelCheckpoint(Callback):
     def _write(self, trainer: Trainer, path: Path, *, asynchronous: bool) -> None:
         trainer.save_checkpoint(path, weights_only=self.save_weights_only, asynchronous=asynchronous)
         self._ready.tidy()
+        self._pause(trainer.global_step)
+
+    def _pause(self, step: int) -> None:
+        """Until the next update that may end an interval, or the next one while a write in the background is due."""
+        self.paused_until = step + 1
+        if not self._ready.waiting and not self.train_time_interval:
+            every = self.every_n_train_steps
+            self.paused_until = step + every - step % every if every else sys.maxsize
 
     def _waits_for_validation(self, trainer: Trainer) -> bool:
         """Whether the monitored metric is one of validation, so that a save has to wait for the next one."""

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nnx_fit.callbacks.arguments import seconds, whole_number
-from nnx_fit.callbacks.callback import Callback, Phase
+from nnx_fit.callbacks.callback import Callback, Phase, pausing
 from nnx_fit.callbacks.progress_display import Display, make_display
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class RichProgressBar(Callback):
         self._batches = 0
         self._begin("train", f"Epoch {trainer.current_epoch}{last}", trainer.num_training_batches)
 
+    @pausing
     def on_train_batch_end(self, trainer: Trainer, module: FitModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Moves the bar now and then."""
         self._batches = batch_idx + 1

@@ -6,7 +6,7 @@ hands on what has arrived. Only the norms of gradients are taken inside the trai
 
 from __future__ import annotations
 
-import collections
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from nnx_fit.callbacks.arguments import whole_number
-from nnx_fit.callbacks.callback import Callback
+from nnx_fit.callbacks.callback import Callback, pausing
 from nnx_fit.callbacks.summaries import DRIFT, MEAN, STD, UNKNOWN, histograms, scale_of, summarize
 from nnx_fit.callbacks.watched import AtPaths, Watched, find_watched, layer_of
 from nnx_fit.state.live import copied
@@ -71,11 +71,9 @@ class VariableMonitor(Callback):
         self._previous: tuple[int, dict[int, jax.Array]] = (-1, {})
         self._recorded_step = -1
         self._norms = False
-        self._pending: collections.deque[tuple[int, list[Watched], bool, Any]] = collections.deque()
 
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
         """Finds out what there is to do."""
-        self._pending.clear()
         self._recorded_step = -1
         self._layout = None
         self._interval = (self.every_n_steps or 2 * trainer.options.log_every_n_steps) if trainer.loggers else 0
@@ -83,22 +81,19 @@ class VariableMonitor(Callback):
         if self._interval:
             self._remember(trainer)
 
+    @pausing
     def on_train_batch_end(self, trainer: Trainer, module: FitModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Records where it is due, and hands on what has arrived."""
+        """Records where it is due."""
         if self._interval:
             if trainer.global_step % self._interval == 0 and trainer.global_step != self._recorded_step:
                 self._record(trainer)
             self._remember(trainer)
-        while self._pending and self._pending[0][-1].is_ready():
-            self._publish(trainer)
 
     def on_train_end(self, trainer: Trainer, module: FitModule) -> None:
         """Records the values that the run ends with."""
         if self._interval and 0 < trainer.global_step != self._recorded_step:
             self._record(trainer)
         self._previous = (-1, {})
-        while self._pending:
-            self._publish(trainer)
 
     def step_metrics(self, view: StepView) -> Mapping[str, Any]:
         """The norms of the gradients, layer by layer."""
@@ -126,7 +121,9 @@ class VariableMonitor(Callback):
 
     def _remember(self, trainer: Trainer) -> None:
         """Before a step that will be recorded: keeps what it moves, on the device."""
-        if (trainer.global_step + 1) % self._interval == 0:
+        until_recorded = self._interval - trainer.global_step % self._interval
+        self.paused_until = trainer.global_step + max(until_recorded - 1, 1)
+        if until_recorded == 1:
             live = self._live(trainer)
             kept = copied([live[i] for i in self._moving]) if self._moving else []
             self._previous = (trainer.global_step, dict(zip(self._moving, kept, strict=True)))
@@ -146,14 +143,14 @@ class VariableMonitor(Callback):
             decays=tuple((i, array.decay) for i, array in enumerate(watched) if array.decay),
             updates=tuple(self._updated(watched)),
         )
-        summary.copy_to_host_async()
-        self._pending.append((trainer.global_step, watched, follows, summary))
+        trainer.when_ready(
+            summary, functools.partial(self._publish, trainer, trainer.global_step, watched, follows, summary)
+        )
 
     def _updated(self, watched: list[Watched]) -> list[int]:
         return [i for i, array in enumerate(watched) if self.params and array.trained]
 
-    def _publish(self, trainer: Trainer) -> None:
-        step, watched, follows, summary = self._pending.popleft()
+    def _publish(self, trainer: Trainer, step: int, watched: list[Watched], follows: bool, summary: jax.Array) -> None:
         rows = np.asarray(summary, np.float64)
         tags = [array.tag for array in watched]
         if follows:

@@ -1,7 +1,7 @@
 """What a loader yields, turned into what a program takes: `to_arrays`, `batch_size`.
 
 A batch is any pytree. Its numeric leaves become arrays; the others (strings, objects) stay for the host hooks and are
-replaced by `HostOnly` in what goes into a program. Nothing is copied or placed on a device here: that is `prefetch`.
+replaced by `HostOnly` in what goes into a program. Copying arrays and placing them on a device is for `prefetch`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from nnx_fit.errors import ConfigurationError
+
+# Puts the arrays of a batch, its leaves in order, on the device or devices.
+Place = Callable[[list[Any]], list[Any]]
 
 
 class HostOnly:
@@ -63,35 +66,22 @@ class Batch(NamedTuple):
     full: Any
     numeric: Any
 
-    def with_arrays(self, numeric: Any) -> Batch:
-        """The same batch with other arrays, such as copies on a device.
-
-        Args:
-            numeric: A pytree with the structure of `self.numeric`.
-        """
-        if self.full is self.numeric:
-            return Batch(numeric, numeric)
-        leaves, treedef = jax.tree.flatten(self.full)
-        host_only = _plan_of(leaves, treedef).host_only
-        arrays = iter(jax.tree.leaves(numeric))
-        full = [next(arrays) if host is None else leaf for leaf, host in zip(leaves, host_only, strict=True)]
-        return Batch(treedef.unflatten(full), numeric)
-
 
 class _Plan(NamedTuple):
-    """How the leaves of one kind of batch become arrays; `None` stands for "as they are"."""
+    """How the leaves of one kind of batch become arrays; `None` stands for "as they are", and "all are numeric"."""
 
     converters: tuple[Callable[[Any], Any] | None, ...] | None
-    host_only: tuple[HostOnly | None, ...]
-    mixed: bool
+    host_only: tuple[HostOnly | None, ...] | None
 
+
+_AS_IS = _Plan(None, None)
 
 # Analysing a batch takes tens of microseconds, and nearly every batch is like the one before it.
 _plans: dict[Any, _Plan] = {}
 _MAX_PLANS = 64
 
 
-def to_arrays(item: Any) -> Batch:
+def to_arrays(item: Any, place: Place | None = None) -> Batch:
     """Turns one item of a loader into arrays.
 
     NumPy and JAX arrays stay as they are; Python numbers and NumPy scalars become 0-d arrays; PyTorch tensors become
@@ -99,6 +89,7 @@ def to_arrays(item: Any) -> Batch:
 
     Args:
         item: Any pytree: dicts, tuples, lists, named tuples, registered dataclasses, nested at will.
+        place: What puts the arrays on a device; without it they stay where they are.
 
     Returns:
         The batch for the host and for the program.
@@ -114,14 +105,23 @@ def to_arrays(item: Any) -> Batch:
     """
     leaves, treedef = jax.tree.flatten(item)
     plan = _plan_of(leaves, treedef, item)
-    if plan.converters is None:
+    if plan == _AS_IS and place is None:
         return Batch(item, item)
-    leaves = [leaf if to is None else to(leaf) for leaf, to in zip(leaves, plan.converters, strict=True)]
-    full = treedef.unflatten(leaves)
-    if not plan.mixed:
+    if plan.converters is not None:
+        leaves = [leaf if to is None else to(leaf) for leaf, to in zip(leaves, plan.converters, strict=True)]
+    if plan.host_only is None:
+        full = treedef.unflatten(leaves if place is None else place(leaves))
         return Batch(full, full)
+    arrays = [leaf for leaf, host in zip(leaves, plan.host_only, strict=True) if host is None]
+    placed = iter(arrays if place is None else place(arrays))
+    leaves = [next(placed) if host is None else leaf for leaf, host in zip(leaves, plan.host_only, strict=True)]
     numeric = [leaf if host is None else host for leaf, host in zip(leaves, plan.host_only, strict=True)]
-    return Batch(full, treedef.unflatten(numeric))
+    return Batch(treedef.unflatten(leaves), treedef.unflatten(numeric))
+
+
+def is_plain(treedef: Any, leaves: list[Any]) -> bool:
+    """Whether a batch of this structure is numeric throughout and needs no conversion."""
+    return _plan_of(leaves, treedef, treedef.unflatten(leaves)) == _AS_IS
 
 
 def batch_size(batch: Any) -> int:
@@ -164,7 +164,7 @@ def _size_error(batch: Any) -> ConfigurationError:
 
 def _plan_of(leaves: list[Any], treedef: Any, item: Any = None) -> _Plan:
     # `dtype` is part of the signature: an object array and a float array have the same type.
-    signature = (treedef, *[(type(leaf), getattr(leaf, "dtype", None)) for leaf in leaves])
+    signature = (treedef, *map(type, leaves), *[getattr(leaf, "dtype", None) for leaf in leaves])
     plan = _plans.get(signature)
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
@@ -184,8 +184,7 @@ def _analyse(leaves: list[Any], treedef: Any, item: Any) -> _Plan:
     if all(host is not None for host in host_only):
         raise _nothing_numeric(item, leaves)
     mixed = any(host is not None for host in host_only)
-    as_is = not mixed and not any(converters)
-    return _Plan(None if as_is else tuple(converters), tuple(host_only), mixed)
+    return _Plan(tuple(converters) if any(converters) else None, tuple(host_only) if mixed else None)
 
 
 def _converter(leaf: Any) -> tuple[bool, Callable[[Any], Any] | None]:

@@ -18,22 +18,19 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from nnx_fit.data.batches import Batch, to_arrays
+from nnx_fit.data.array_loader import ArrayIterator, ArrayLoader
+from nnx_fit.data.batches import Batch, Place, is_plain, to_arrays
 from nnx_fit.data.loaders import iterate
 from nnx_fit.errors import ConfigurationError
-
-Place = Callable[[Any], Any]
 
 _PLAIN = frozenset((int, bool, str, float, type(None)))
 
 
 def default_place(device: Any = None) -> Place:
-    """What puts a batch where the programs of one device take it.
+    """What puts the arrays of a batch where the programs of one device take them.
 
-    NumPy arrays are copied first, since a loader may fill its buffers again while the device still reads them:
-    `jax.device_put` with `may_alias=False` and even `jnp.array` do not protect from that on CPU. The copies are
-    read-only and have the dtype that the program sees. On CPU nothing else is done: a program takes a NumPy array for
-    about 1 us, and `device_put` of two small arrays costs 60 us.
+    On CPU nothing is done: a program takes a NumPy array for about 1 us, and `device_put` of two small arrays costs
+    60 us.
 
     Args:
         device: The `jax.Device`; default: JAX's default device.
@@ -41,25 +38,24 @@ def default_place(device: Any = None) -> Place:
     if device is None:
         default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         device = jax.local_devices(backend=default)[0] if isinstance(default, str | None) else default
-    dtypes: dict[np.dtype, np.dtype] = {}
-
-    def copied(leaf: Any) -> Any:
-        if type(leaf) is not np.ndarray:
-            return leaf
-        dtype = dtypes.get(leaf.dtype)
-        if dtype is None:
-            dtype = dtypes[leaf.dtype] = np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-        array = leaf.astype(dtype, order="C")
-        array.setflags(write=False)
-        return array
-
-    def place_copies(batch: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(batch)
-        return treedef.unflatten([copied(leaf) for leaf in leaves])
-
     if device.platform == "cpu":
-        return place_copies
-    return lambda batch: jax.device_put(place_copies(batch), device)
+        return lambda arrays: arrays
+    return lambda arrays: jax.device_put(arrays, device)
+
+
+def safe_copies(arrays: list[Any]) -> list[Any]:
+    """Read-only copies of NumPy arrays, in the dtypes of compiled programs; other arrays are left as they are.
+
+    A loader may fill its buffers again while the device still reads them: `jax.device_put` with `may_alias=False` and
+    even `jnp.array` do not protect from that on CPU.
+    """
+    copies = []
+    for array in arrays:
+        if type(array) is np.ndarray:
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), order="C")
+            array.flags.writeable = False
+        copies.append(array)
+    return copies
 
 
 class Prefetcher(Iterator[Batch]):
@@ -69,7 +65,7 @@ class Prefetcher(Iterator[Batch]):
 
     Args:
         loader: What `iterate` takes.
-        place: From a pytree of arrays to the same pytree on the device or devices.
+        place: From the arrays of a batch to the same on the device or devices; nobody writes into what it is given.
         depth: How many batches are read and placed at a time, the one handed out included; 1 reads nothing ahead.
         limit: Number of batches after which the pass ends; none beyond it is asked of the loader.
         state: A state from `get_state` to continue from. With `depth` and `limit` as they were, what comes is what
@@ -110,7 +106,10 @@ class Prefetcher(Iterator[Batch]):
         self._queue: deque[tuple[Batch | Exception, Any]] = deque()
         self._iterator: Iterator[Any] | None = None
         self._source: Any = None  # what has get_state(): the loader, its iterator, or nothing
-        self._ended: Literal["loader", "limit", "error"] | None = None
+        self._position: Callable[[], Any] = _nowhere
+        self._read: Callable[[], Any]
+        self._convert: Callable[[Any], Batch]
+        self._ended: Literal["loader", "limit", "error", "closed"] | None = None
         self._state: Any = None
         self._last_state: Any = None
         self._state_before: Any = None  # the position before the batch handed out last
@@ -130,7 +129,7 @@ class Prefetcher(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         queue = self._queue
-        while self._iterator is not None and self._ended is None and len(queue) < self._depth:
+        while self._ended is None and len(queue) < self._depth:
             self._pull()
         if not queue:
             self.close()
@@ -146,6 +145,7 @@ class Prefetcher(Iterator[Batch]):
     def close(self) -> None:
         """Ends the pass: drops what was read ahead and closes the loader's iterator. May be called again."""
         self._queue.clear()
+        self._ended = self._ended or "closed"
         iterator, self._iterator, self._source = self._iterator, None, None
         close = getattr(iterator, "close", None)
         if callable(close) and iterator is not self._loader:
@@ -173,22 +173,27 @@ class Prefetcher(Iterator[Batch]):
     def _open(self) -> None:
         self._iterator = iterate(self._loader)
         self._source = next((part for part in (self._loader, self._iterator) if _has_position(part)), None)
+        self._position = _position_of(self._source)
+        self._read, self._convert = self._stages(self._iterator)
         self._state = self._position()
 
-    def _position(self) -> Any:
-        if self._source is None:
-            return None
-        state = self._source.get_state()
-        # The loader may hand out the very dict that it goes on changing.
-        if type(state) is dict and _PLAIN.issuperset(map(type, state.values())):
-            return state.copy()
-        return copy.deepcopy(state)
+    def _stages(self, iterator: Any) -> tuple[Callable[[], Any], Callable[[Any], Batch]]:
+        """What reads an item, and what makes a batch of it."""
+        place = self._place
+        if type(iterator) is ArrayIterator and is_plain(iterator.structure, iterator.leaves):
+            unflatten = iterator.structure.unflatten
+
+            def whole(leaves: list[Any]) -> Batch:
+                arrays = unflatten(place(leaves))
+                return Batch(arrays, arrays)
+
+            return iterator.next_leaves, whole
+        return iterator.__next__, lambda item: to_arrays(item, lambda arrays: place(safe_copies(arrays)))
 
     def _pull(self) -> None:
-        iterator: Any = self._iterator
         start = time.perf_counter()
         try:
-            item = next(iterator)
+            item = self._read()
         except StopIteration:
             self._ended = "loader"
             if self._source is self._loader:
@@ -201,8 +206,7 @@ class Prefetcher(Iterator[Batch]):
             self.wait_seconds += time.perf_counter() - start
         try:
             state = self._position()
-            batch = to_arrays(item)
-            self._queue.append((batch.with_arrays(self._place(batch.numeric)), state))
+            self._queue.append((self._convert(item), state))
         except Exception as error:
             self._fail(error)
             return
@@ -263,6 +267,26 @@ class Prefetcher(Iterator[Batch]):
 
 def _has_position(part: Any) -> bool:
     return callable(getattr(part, "get_state", None)) and callable(getattr(part, "set_state", None))
+
+
+def _position_of(source: Any) -> Callable[[], Any]:
+    """What tells the position of a loader, which may hand out the very dict that it goes on changing."""
+    if source is None:
+        return _nowhere
+    if type(source) is ArrayLoader:  # a new dict each time
+        return source.get_state
+
+    def position() -> Any:
+        state = source.get_state()
+        if type(state) is dict and _PLAIN.issuperset(map(type, state.values())):
+            return state.copy()
+        return copy.deepcopy(state)
+
+    return position
+
+
+def _nowhere() -> None:
+    """The position of a loader that knows none."""
 
 
 def _encode(state: Any, loader: Any) -> Any:

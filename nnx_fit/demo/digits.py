@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from nnx_fit.data.array_loader import ArrayLoader
 from nnx_fit.data.datamodule import DataModule
-from nnx_fit.data.loaders import ArrayLoader
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.module import FitModule
 

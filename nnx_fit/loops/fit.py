@@ -120,6 +120,7 @@ class FitLoop:
         self._begin()
         self._ledger.drain()
         self._funnel.call("on_train_end")
+        self._ledger.drain()
 
     def _finished(self) -> bool:
         progress, options = self._progress, self._options
@@ -168,14 +169,14 @@ class FitLoop:
     def _batches(self, batches: Any) -> bool:
         """Trains on the batches of an epoch; returns whether it got to the end of them."""
         funnel, ledger, progress, steps = self._funnel, self._ledger, self._progress, self._steps
-        starts, ends = funnel.overridden("on_train_batch_start"), funnel.overridden("on_train_batch_end")
+        starts, ends_from = funnel.overridden("on_train_batch_start"), funnel.paused_until("on_train_batch_end")
         log_every = self._options.log_every_n_steps
         table = steps.table
         for batch in batches:
             batch_idx = progress.batch_idx
             if starts and any(map(_skips, funnel.call("on_train_batch_start", batch.full, batch_idx))):
                 return True
-            if starts or ends:
+            if funnel.looked:
                 steps = self._steps = self._refreshed(True)
             step = progress.global_step + 1
             packed, outputs = steps.run(batch.numeric, step)
@@ -188,8 +189,9 @@ class FitLoop:
             logs = log_every and step % log_every == 0
             if logs:
                 ledger.log_step(step)
-            if ends:
+            if step >= ends_from:
                 funnel.call("on_train_batch_end", outputs, batch.full, batch_idx)
+                ends_from = funnel.paused_until("on_train_batch_end")
             if logs:
                 ledger.log_host_step(step)
             if ledger.pending:

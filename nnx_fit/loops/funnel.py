@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnx_fit.callbacks.callback import Callback, Phase
 from nnx_fit.errors import ConfigurationError
@@ -22,7 +24,14 @@ LOGGING_HOOKS: dict[str, tuple[bool, bool]] = {
     for point in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end")
 }
 
-_Listener = tuple[Phase, bool, Callable[..., Any]]
+
+class _Listener(NamedTuple):
+    """One hook of one owner; `looks` tells whether it may read or write the module, `pauses` has who may skip steps."""
+
+    phase: Phase
+    looks: bool
+    call: Callable[..., Any]
+    pauses: Callback | None
 
 
 class Funnel:
@@ -52,6 +61,15 @@ class Funnel:
         """Whether anybody listens to a hook."""
         return bool(self._of(hook))
 
+    def takes_outputs(self, hook: str) -> bool:
+        """Whether anybody who listens to a batch hook may use the step's outputs."""
+        return any(listener.pauses is None for listener in self._of(hook))
+
+    def paused_until(self, hook: str) -> int:
+        """The first `global_step` at which somebody wants to hear of a batch."""
+        listeners = self._of(hook)
+        return min([0 if each.pauses is None else each.pauses.paused_until for each in listeners], default=sys.maxsize)
+
     def call(self, hook: str, *args: Any, phases: Iterable[Phase] = ("before", "decide", "save")) -> list[Any]:
         """Calls a hook.
 
@@ -66,12 +84,12 @@ class Funnel:
         results = []
         outer, self.hook = self.hook, hook
         try:
-            for phase, looks, listener in self._of(hook):
-                if phase in phases:
-                    if looks:
+            for listener in self._of(hook):
+                if listener.phase in phases:
+                    if listener.looks:
                         self._show()
                         self.looked = True
-                    results.append(listener(*args))
+                    results.append(listener.call(*args))
         finally:
             self.hook = outer
         return results
@@ -106,21 +124,21 @@ class Funnel:
         return found
 
     def _find(self, hook: str) -> list[_Listener]:
-        listeners: list[_Listener] = [
-            (callback.phase, callback.reads_module, self._bound(callback, hook))
-            for callback in self._callbacks
-            if _overrides(callback, hook, Callback)
+        listeners = [
+            self._listener(callback, hook) for callback in self._callbacks if _overrides(callback, hook, Callback)
         ]
         order: tuple[Phase, ...] = ("before", "decide", "save")
-        listeners.sort(key=lambda listener: order.index(listener[0]))
+        listeners.sort(key=lambda listener: order.index(listener.phase))
         if _overrides(self._module, hook, ModuleHooks):
-            first_after = sum(1 for listener in listeners if listener[0] == "before")
-            listeners.insert(first_after, ("before", True, getattr(self._module, hook)))
+            first_after = sum(1 for listener in listeners if listener.phase == "before")
+            listeners.insert(first_after, _Listener("before", True, getattr(self._module, hook), None))
         return listeners
 
-    def _bound(self, callback: Callback, hook: str) -> Callable[..., Any]:
+    def _listener(self, callback: Callback, hook: str) -> _Listener:
         function = getattr(callback, hook)
-        return lambda *args: function(self._trainer, self._module, *args)
+        call = functools.partial(function, self._trainer, self._module)
+        pauses = callback if getattr(function, "pausing", False) else None
+        return _Listener(callback.phase, callback.reads_module, call, pauses)
 
 
 def _overrides(owner: Any, hook: str, base: type) -> bool:

@@ -43,8 +43,13 @@ class _Record:
     read: Callable[[], list[_Value]]
     quiet: bool = False
 
-    def ready(self) -> bool:
-        return all(array.is_ready() for array in self.arrays if hasattr(array, "is_ready"))
+
+@dataclasses.dataclass
+class _Deferred:
+    """Something else that waits for the device."""
+
+    arrays: Sequence[Any]
+    call: Callable[[], None]
 
 
 class HostMetrics:
@@ -124,7 +129,7 @@ class Ledger:
         self.history = history
         self.host = {"train": HostMetrics(), "eval": HostMetrics()}
         self._publish = publish
-        self._pending: collections.deque[_Record] = collections.deque()
+        self._pending: collections.deque[_Record | _Deferred] = collections.deque()
         self._callback: dict[str, float] = {}
         self._progress: dict[str, float] = {}
         self._logged: dict[str, float] = {}
@@ -170,6 +175,12 @@ class Ledger:
             self._pending.append(_Record(step, [], lambda: values))
         return {value.record: value.value for value in values}
 
+    def defer(self, arrays: Sequence[Any], call: Callable[[], None]) -> None:
+        """Has something called, in turn, once arrays have arrived on the host; their copy is started here."""
+        for array in arrays:
+            array.copy_to_host_async()
+        self._pending.append(_Deferred(arrays, call))
+
     def forget_host(self, stage: str) -> None:
         """Drops what the hooks of an epoch logged."""
         self.host[stage] = HostMetrics()
@@ -180,7 +191,7 @@ class Ledger:
 
     def poll(self) -> None:
         """Publishes what has arrived."""
-        while self._pending and self._pending[0].ready():
+        while self._pending and _ready(self._pending[0].arrays):
             self._release(self._pending.popleft())
 
     def drain(self) -> None:
@@ -235,7 +246,10 @@ class Ledger:
         self._progress = dict(state["progress"])
         self._logged = dict(state["logged"])
 
-    def _release(self, record: _Record) -> None:
+    def _release(self, record: _Record | _Deferred) -> None:
+        if isinstance(record, _Deferred):
+            record.call()
+            return
         values = record.read()
         for value in values:
             self._callback[value.record] = self._callback[value.own] = value.value
@@ -248,6 +262,10 @@ class Ledger:
         if loggable:
             self._logged |= loggable
             self._publish(loggable, record.step)
+
+
+def _ready(arrays: Sequence[Any]) -> bool:
+    return all(array.is_ready() for array in arrays if hasattr(array, "is_ready"))
 
 
 def _on_host(logged: list[tuple[MetricSpec, Any]]) -> list[_Value]:

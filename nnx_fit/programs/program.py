@@ -29,8 +29,8 @@ class Program:
         self.sentinel = Sentinel(name)
         self._body = body
         # Partial arguments would be argument 0; the list that the program takes over is the first run-time argument.
-        self._call: Any = (
-            nnx.jit_partial(self._traced, graph=False, graph_updates=False, donate_argnums=1) if compiled else body
+        self._compiled: Any = (
+            nnx.jit_partial(self._traced, graph=False, graph_updates=False, donate_argnums=1) if compiled else None
         )
 
     def _traced(self, arrays: list[Any], *arguments: Any) -> tuple[list[Any], Any]:
@@ -44,8 +44,11 @@ class Program:
         Raises:
             TooManyMetrics: The table is full; its vectors must grow before the call is made again.
         """
-        return self._call(arrays, *arguments)
+        if self._compiled is None:
+            return self._body(arrays, *arguments)
+        # `jit_partial` would go on to write partial arguments back, and there are none: that costs 2% of a small step.
+        return self._compiled.jitted_fn([], arrays, *arguments)[0]
 
     def lower(self, arrays: list[Any], *arguments: Any) -> Any:
         """The program lowered for these arguments; `.compile()` has its cost and memory analysis."""
-        return self._call.lower(arrays, *arguments)
+        return self._compiled.lower(arrays, *arguments)

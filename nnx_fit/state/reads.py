@@ -18,7 +18,7 @@ from nnx_fit.state.modes import ATTRIBUTES
 _MISSING = object()
 
 # Set by the Trainer for each stage; never a change of the module.
-_MODES = {*ATTRIBUTES, "_training"}
+MODES = {*ATTRIBUTES, "_training"}
 
 
 def is_flax(cls: type) -> bool:
@@ -64,7 +64,7 @@ def plain_attributes(module: nnx.Module) -> dict[graph.Path, Any]:
         (*path, name): value.copy() if isinstance(value, list | dict | set) else value
         for path, node in graph.modules(module)
         for name, value in graph.static_attributes(node).items()
-        if name not in _MODES
+        if name not in MODES
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnx_fit.data.loaders import ArrayLoader
+from nnx_fit.data.array_loader import ArrayLoader
 from nnx_fit.data.prefetch import Prefetcher, default_place
 from nnx_fit.errors import ConfigurationError
 
@@ -108,6 +108,26 @@ def test_placed_arrays_are_read_only_and_have_the_dtype_of_the_program():
     assert isinstance(batch.full["j"], jax.Array)
     with pytest.raises(ValueError, match="read-only"):
         batch.full["x"][0] = 1
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_array_loaders_batches_do_not_follow_later_writes_into_its_arrays(shuffle):
+    x = np.arange(8, dtype=np.float32)
+    batches = Prefetcher(ArrayLoader({"x": x, "n": np.arange(8)}, 2, shuffle=shuffle), PLACE)
+    batch = next(batches)
+    before = batch.numeric["x"].tolist()
+    assert batch.full is batch.numeric
+    x[:] = -1
+    assert batch.numeric["x"].tolist() == before
+    with pytest.raises(ValueError, match="read-only"):
+        batch.full["x"][0] = 1
+
+
+def test_an_array_loader_with_text_keeps_it_for_the_host():
+    loader = ArrayLoader({"x": np.arange(4.0), "text": np.array(["a", "b", "c", "d"])}, 2)
+    first, second = Prefetcher(loader, PLACE)
+    assert first.full["text"].tolist() == ["a", "b"] and second.numeric["x"].tolist() == [2, 3]
+    assert len(jax.tree.leaves(first.numeric)) == 1
 
 
 def test_leaves_that_are_not_numeric_reach_the_host():
@@ -324,4 +344,4 @@ def test_a_position_that_cannot_be_saved_names_the_loader():
 def test_the_default_device_of_jax_is_respected(device):
     with jax.default_device(device):
         place = default_place()
-    np.testing.assert_array_equal(place({"x": np.zeros(2)})["x"], [0, 0])
+    np.testing.assert_array_equal(place([np.zeros(2)])[0], [0, 0])

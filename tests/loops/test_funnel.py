@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnx_fit.callbacks.callback import Callback
+from nnx_fit.callbacks.callback import Callback, pausing
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.hooks import ModuleHooks
 from nnx_fit.loops.funnel import LOGGING_HOOKS, Funnel
@@ -150,3 +150,26 @@ def test_nothing_can_be_logged_outside_of_the_hooks_that_may():
         funnel.call("on_train_end")
     with pytest.raises(ConfigurationError, match=r"'x'.*outside of a hook"):
         funnel.log_defaults("x")
+
+
+def test_a_hook_that_pauses_is_asked_for_again_where_it_wants_to_be_and_needs_no_outputs():
+    class Pauses(Callback):
+        @pausing
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            del self
+
+    class Overrides(Pauses):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            del self
+
+    early, late, overrides = Pauses(), Pauses(), Overrides()
+    early.paused_until, late.paused_until, overrides.paused_until = 5, 9, 9
+    hook = "on_train_batch_end"
+    funnel = funnel_of([early, late])
+    assert funnel.paused_until(hook) == 5 and not funnel.takes_outputs(hook)
+    early.paused_until = 20
+    assert funnel.paused_until(hook) == 9
+    assert funnel_of([early, overrides]).paused_until(hook) == 0 and funnel_of([overrides]).takes_outputs(hook)
+    module = noting_module([], hook)
+    assert funnel_of([early], module).paused_until(hook) == 0 and funnel_of([early], module).takes_outputs(hook)
+    assert funnel_of([]).paused_until(hook) > 10**12 and not funnel_of([]).takes_outputs(hook)
