@@ -23,7 +23,8 @@ class OptimizerSpec:
             the `schedule`.
         schedule: The learning rate: a float or an Optax schedule (step -> learning rate). With a ready `tx` it is
             only read, for logging; with a callable `tx` it is also what the optimizer gets.
-        trainable: NNX filter of the Variables this optimizer trains; by default the module's `trainable`.
+        trainable: NNX filter of the Variables this optimizer trains, but for what `freeze` took away; by default the
+            module's `trainable`.
         name: Name, for logging and for checkpoints; needed when there are several.
     """
 

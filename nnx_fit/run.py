@@ -21,7 +21,7 @@ from nnx_fit.options import Options
 from nnx_fit.programs.evaluate import EvalProgram
 from nnx_fit.programs.train import TrainOptions, TrainProgram
 from nnx_fit.state.blueprint import Blueprint
-from nnx_fit.state.filters import matches
+from nnx_fit.state.filters import matches, with_edits_of
 from nnx_fit.state.layout import Slot, describe_change
 from nnx_fit.state.live import Live
 from nnx_fit.state.modes import set_mode
@@ -64,7 +64,7 @@ class Run:
         funnel: Calls hooks.
         live: The module's values, once `build` was called.
         train_program: The train program of a fit.
-        trainable: NNX filter of what trains; `None` for the module's own.
+        trainable: NNX filter of what trains, `freeze` and `unfreeze` aside; `None` for the module's own.
         batches: The pass over the training data that is under way.
         open: Whether the verb is under way.
     """
@@ -134,6 +134,12 @@ class Run:
         """Completed epochs; inside an epoch, its index."""
         return self.progress.epoch
 
+    @property
+    def trains(self) -> Any:
+        """NNX filter of what trains in the end."""
+        own = self.module.trainable
+        return own if self.trainable is None else with_edits_of(self.trainable, own)
+
     def log(self, name: str, value: Any, **options: Any) -> None:
         """`self.log` in a host hook."""
         defaults = self.funnel.log_defaults(name, options.get("on_step"))
@@ -144,7 +150,7 @@ class Run:
         """Takes the module over as it is now: its layout, its values, and its graphdef in each mode."""
         if self.options.state_guard != "off":
             warn_of_untoggled_modes(self.module)
-        self._blueprint = Blueprint(self.module, self.trainable)
+        self._blueprint = Blueprint(self.module, self.trains)
         self.live = Live(self.module, self._blueprint.layout)
         return self.live
 
@@ -159,10 +165,10 @@ class Run:
         self.funnel.looked = False
         self.live.show()
         old = self._of_programs
-        if old.intact(self.trainable):
+        if old.intact(self.trains):
             self.live.collect()
             return
-        new = Blueprint(self.module, self.trainable)
+        new = Blueprint(self.module, self.trains)
         if [slot.path for slot in new.layout.slots] == [slot.path for slot in old.layout.slots]:
             self.live.collect()  # refuses a value of another shape, by name
         changed = old.changed()

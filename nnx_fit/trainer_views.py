@@ -139,7 +139,7 @@ class TrainerViews:
         if self._run is None:
             raise ConfigurationError("Trainer.partition: no module was run yet. Fix: call fit first.")
         self._run.show()
-        return partition(self._run.module, self._run.trainable)
+        return partition(self._run.module, self._run.trains)
 
     @property
     def logger(self) -> Logger | None:

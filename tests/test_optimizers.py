@@ -156,6 +156,30 @@ def test_a_specs_own_filter_decides_what_trains():
     assert {row.path: row.role for row in trainer.partition.rows} == {"v": "params", "w": "frozen"}
 
 
+def test_what_was_frozen_stays_so_whatever_filter_a_spec_has():
+    class Pair(Bare):
+        def __init__(self):
+            super().__init__()
+            self.other = nnx.Param(jnp.ones(()))
+
+        def training_step(self, batch):
+            return (self.w[...] - 2) ** 2 + (self.other[...] - 2) ** 2
+
+    class Unfreezes(nf.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                module.unfreeze("other")
+            seen.append([row.path for row in trainer.partition.rows if row.role == "params"])
+
+    seen: list[list[str]] = []
+    module = Pair()
+    module.freeze("other")
+    spec = nf.OptimizerSpec(optax.sgd(0.1), trainable=nnx.Param)
+    quiet(max_epochs=2, optimizer=spec, callbacks=Unfreezes()).fit(module, targets(0.0))
+    assert seen == [["w"], ["other", "w"]]
+    np.testing.assert_allclose([module.w[...], module.other[...]], [2 - 0.8**2, 1.2], rtol=1e-6)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ same accumulator.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -126,12 +126,20 @@ class Capture:
         hook: Name of the step hook, for messages.
         defaults: The hook's default (`on_step`, `on_epoch`), or `None` where logging is not possible.
         batch_size: Gives the batch's size when a mean over the epoch needs it.
+        inputs: Everything that the step is given, to tell its own values from those of a transform within it.
     """
 
-    def __init__(self, hook: str, defaults: tuple[bool, bool] | None, batch_size: Callable[[], Any]):
+    def __init__(
+        self,
+        hook: str,
+        defaults: tuple[bool, bool] | None,
+        batch_size: Callable[[], Any],
+        inputs: Any = None,
+    ):
         self._hook = hook
         self._defaults = defaults
         self._batch_size = batch_size
+        self._traces = None if inputs is None else {id(trace) for trace in _traces(inputs)}
         self.entries: dict[str, _Entry] = {}
 
     def log(self, name: str, value: Any, *, batch_size: Any = None, **options: Any) -> None:
@@ -144,7 +152,18 @@ class Capture:
         weight: Any = 1.0
         if spec.on_epoch and spec.reduce == "mean":
             weight = self._batch_size() if batch_size is None else batch_size
-        self._add(_Entry(spec, scalar(name, value), jnp.asarray(weight, jnp.float32)))
+        entry = _Entry(spec, scalar(name, value), jnp.asarray(weight, jnp.float32))
+        self._check_not_nested(name, entry.value, entry.weight)
+        self._add(entry)
+
+    def _check_not_nested(self, name: str, *values: Any) -> None:
+        if self._traces is not None and any(id(trace) not in self._traces for trace in _traces(values)):
+            raise ConfigurationError(
+                f"self.log({name!r}, ...) was called inside a transform within {self._hook} (a nested nnx.jit, scan, "
+                "vmap, cond, remat or grad), and its value exists only there.\n"
+                "Fix: return the value from the transformed function (with has_aux=True from a gradient), and log it "
+                f"in {self._hook} itself."
+            )
 
     def _add(self, new: _Entry) -> None:
         old = self.entries.get(new.spec.name)
@@ -168,6 +187,15 @@ class Capture:
     def specs(self) -> dict[str, MetricSpec]:
         """How each name is treated."""
         return {name: entry.spec for name, entry in self.entries.items()}
+
+
+def _traces(values: Any) -> Iterator[Any]:
+    """The traces that some values belong to, and those around them."""
+    for value in jax.tree.leaves(values):
+        trace = value._trace if isinstance(value, jax.core.Tracer) else None
+        while trace is not None:
+            yield trace
+            trace = getattr(trace, "parent_trace", None)
 
 
 def twice(old: MetricSpec, new: MetricSpec) -> ConfigurationError:

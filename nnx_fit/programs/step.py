@@ -17,8 +17,10 @@ from nnx_fit.data.batches import batch_size
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.metrics.capture import Capture, MetricSpec
 from nnx_fit.scope import StepScope, entered
+from nnx_fit.state import graph
 from nnx_fit.state.call_flags import filled
 from nnx_fit.state.guard import Guard
+from nnx_fit.state.layout import raw_value
 from nnx_fit.state.reads import recorded
 from nnx_fit.state.side_effects import Attributes
 
@@ -74,7 +76,9 @@ def run_hook(
         reads: Takes the names of the plain attributes that the step reads.
     """
     attributes = Attributes(module)
-    capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(_size, module, batch, hook))
+    values = [leaf for _, leaf in graph.flatten(module)[1]]
+    inputs = [*map(raw_value, values), batch, counters]
+    capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(_size, module, batch, hook), inputs)
     scope = StepScope(hook, stage, module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
     names = set() if reads is None else reads
     with entered(scope), filled(module, training=stage == "train"), recorded(module, names):

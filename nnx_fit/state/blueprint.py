@@ -28,28 +28,28 @@ class Blueprint:
 
     Args:
         module: The live module.
-        trainable: NNX filter of what trains; `None` for the module's own.
+        trainable: NNX filter of what trains.
 
     Attributes:
         graphdefs: The graphdef in train mode (`True`) and in eval mode (`False`).
         layout: Where each leaf is in the flat list of arrays.
     """
 
-    def __init__(self, module: Any, trainable: Any = None):
+    def __init__(self, module: Any, trainable: Any):
         self._module = module
         self._trainable = trainable
         self.graphdefs = _both_graphdefs(module)
-        self.layout = Layout.of(module, module.trainable if trainable is None else trainable)
+        self.layout = Layout.of(module, trainable)
         self._plain = plain_attributes(module)
         self._nodes = [_Node(path, node) for path, node in graph.modules(module, object) if _holds(node)]
         self._metadata = [(leaf, leaf.get_metadata()) for leaf in _variables(module)]
         self._looked_again = False
 
-    def intact(self, trainable: Any = None) -> bool:
+    def intact(self, trainable: Any) -> bool:
         """Whether nothing but values has changed since; it may say no where nothing that matters has."""
         return (
             not self._looked_again
-            and trainable is self._trainable
+            and trainable == self._trainable
             and all(node.same() for node in self._nodes)
             and all(_equal(variable.get_metadata(), before) for variable, before in self._metadata)
         )

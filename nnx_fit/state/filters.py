@@ -58,6 +58,11 @@ class Edited:
         return Edited(self.base, (*self.edits, *((match, selector) for selector in selectors)))
 
 
+def with_edits_of(base: Any, own: Any) -> Any:
+    """A filter with what was frozen and unfrozen in another one: who trains what does not undo a `freeze`."""
+    return Edited(hashable(base), own.edits) if isinstance(own, Edited) else base
+
+
 def hashable(value: Any) -> Any:
     """The same filter in a form that can be hashed: lists and tuples become `nnx.Any`."""
     if isinstance(value, list | tuple):

@@ -147,3 +147,69 @@ def test_batches_whose_leaves_disagree_need_a_size_only_for_an_epoch_mean():
             return batch["other"].shape[0]
 
     quiet(max_steps=1).fit(Sized(), ragged)
+
+
+def in_jit(module, x):
+    return nnx.jit(lambda inner, x: inner.noted((inner.w[...] * x).mean()))(module, x)
+
+
+def in_grad(module, x):
+    return nnx.value_and_grad(lambda inner: module.noted((inner.w[...] * x).mean()))(module)[0]
+
+
+def in_scan(module, x):
+    return jax.lax.scan(lambda total, row: (module.noted(total + row.sum()), None), 0.0, x)[0]
+
+
+def in_vmap(module, x):
+    return jax.vmap(lambda row: module.noted(row.sum()))(x).mean()
+
+
+def in_cond(module, x):
+    return jax.lax.cond(x.sum() > 0, lambda: module.noted(x.sum()), lambda: x.sum())
+
+
+def in_remat(module, x):
+    return jax.checkpoint(lambda x: module.noted(x.sum()))(x)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("nested", [in_jit, in_grad, in_scan, in_vmap, in_cond, in_remat])
+def test_a_value_that_exists_only_within_a_nested_transform_cannot_be_logged(nested, jit):
+    class Nests(Scalar):
+        def noted(self, value):
+            self.log("inner", value)
+            return value
+
+        def training_step(self, batch):
+            return self.w[...] ** 2 + nested(self, batch["target"])
+
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)self\.log\('inner'.*inside a transform within training_step.*Fix"
+    ):
+        quiet(max_steps=1, jit=jit).fit(Nests(), targets(1.0))
+
+
+def test_values_from_around_a_nested_transform_can_be_logged_in_it():
+    class Nests(Scalar):
+        def training_step(self, batch):
+            target, w = batch["target"].mean(), self.w[...]
+
+            def loss_of(w):
+                self.log("constant", 2.0)
+                self.log("batch", target)
+                self.log("outer", w_outside)
+                return (w - target) ** 2
+
+            w_outside = w * 3
+            loss, gradient = jax.value_and_grad(loss_of)(w)
+            self.log("gradient", gradient)
+            return loss
+
+    history = quiet(max_steps=1, log_every_n_steps=1).fit(Nests(start=1.0), targets(2.0))
+    assert {name: history[name] for name in history} == {
+        "constant": [(1, 2.0)],
+        "batch": [(1, 2.0)],
+        "outer": [(1, 3.0)],
+        "gradient": [(1, -2.0)],
+    }

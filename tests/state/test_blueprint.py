@@ -56,31 +56,31 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_kind_of_change_shows(change):
     net = Net(nnx.Rngs(0))
-    blueprint = Blueprint(net)
-    assert blueprint.intact() and blueprint.newly_changed() == []
+    blueprint = Blueprint(net, net.trainable)
+    assert blueprint.intact(net.trainable) and blueprint.newly_changed() == []
     change(net)
-    assert not blueprint.intact()
+    assert not blueprint.intact(net.trainable)
 
 
 def test_another_filter_of_what_trains_shows():
     net = Net(nnx.Rngs(0))
-    assert not Blueprint(net).intact(nnx.LoRAParam) and Blueprint(net, nnx.LoRAParam).intact(nnx.LoRAParam)
+    assert not Blueprint(net, net.trainable).intact(nnx.LoRAParam)
 
 
 def test_values_modes_and_a_round_trip_do_not_show():
     net = Net(nnx.Rngs(0))
-    blueprint = Blueprint(net)
+    blueprint = Blueprint(net, net.trainable)
     net.layers[0].linear.kernel[...] = jnp.zeros((2, 2))
     net.layers[0].bare = jnp.zeros(3)
     saved = set_mode(net, False)
-    assert blueprint.intact()
+    assert blueprint.intact(net.trainable)
     saved.restore()
-    assert blueprint.intact() and blueprint.newly_changed() == []
+    assert blueprint.intact(net.trainable) and blueprint.newly_changed() == []
 
 
 def test_plain_attributes_that_differ_are_named():
     net = Net(nnx.Rngs(0))
-    blueprint = Blueprint(net)
+    blueprint = Blueprint(net, net.trainable)
     net.count, net.layers[1].scale = 1, 2.0
     net.layers[0].sizes.append(3)
     assert set(blueprint.changed()) == {("count",), ("layers", 1, "scale"), ("layers", 0, "sizes")}
@@ -88,11 +88,11 @@ def test_plain_attributes_that_differ_are_named():
 
 def test_a_change_is_new_once_and_known_afterwards():
     net = Net(nnx.Rngs(0))
-    blueprint = Blueprint(net)
+    blueprint = Blueprint(net, net.trainable)
     net.count = 1
     assert blueprint.newly_changed() == [("count",)]
     assert blueprint.newly_changed() == []
-    assert not blueprint.intact() and blueprint.changed() == [("count",)]
+    assert not blueprint.intact(net.trainable) and blueprint.changed() == [("count",)]
     net.count, net.layers[0].scale = 2, 3.0
     assert set(blueprint.newly_changed()) == {("count",), ("layers", 0, "scale")}
     net.count = 0
@@ -108,7 +108,7 @@ def test_what_cannot_be_compared_counts_as_changed_rather_than_failing():
 
     net = Net(nnx.Rngs(0))
     net.layers[0].sizes.append(Odd())
-    blueprint = Blueprint(net)
-    assert blueprint.intact()
+    blueprint = Blueprint(net, net.trainable)
+    assert blueprint.intact(net.trainable)
     net.layers[0].sizes[-1] = Odd()
-    assert not blueprint.intact()
+    assert not blueprint.intact(net.trainable)
