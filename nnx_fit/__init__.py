@@ -19,6 +19,7 @@ _HOMES = {
     "DataModule": "nnx_fit.data.datamodule",
     "EarlyStopping": "nnx_fit.callbacks.early_stopping",
     "FitModule": "nnx_fit.module",
+    "GradientAccumulationScheduler": "nnx_fit.callbacks.gradient_accumulation_scheduler",
     "History": "nnx_fit.metrics.history",
     "LearningRateMonitor": "nnx_fit.callbacks.learning_rate_monitor",
     "Logger": "nnx_fit.loggers.logger",
@@ -41,6 +42,9 @@ _HOMES = {
 if TYPE_CHECKING:
     from nnx_fit.callbacks.callback import Callback as Callback
     from nnx_fit.callbacks.early_stopping import EarlyStopping as EarlyStopping
+    from nnx_fit.callbacks.gradient_accumulation_scheduler import (
+        GradientAccumulationScheduler as GradientAccumulationScheduler,
+    )
     from nnx_fit.callbacks.learning_rate_monitor import LearningRateMonitor as LearningRateMonitor
     from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from nnx_fit.callbacks.model_summary import ModelSummary as ModelSummary

@@ -6,6 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 
+class StepHooks:
+    """Hooks that run inside the compiled step."""
+
+    def on_gradients(self, grads: Any) -> Any:
+        """Called in the compiled step between the gradients and the update, before clipping; returns the gradients.
+
+        Args:
+            grads: Gradients of the trained Variables, a pure `nnx.State`; under accumulation, the mean of the window.
+        """
+        return grads
+
+
 class ModuleHooks:
     """Host hooks: they run between compiled steps and may read and write the module's Variables."""
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from nnx_fit import scope
 from nnx_fit.errors import ConfigurationError
-from nnx_fit.hooks import ModuleHooks
+from nnx_fit.hooks import ModuleHooks, StepHooks
 from nnx_fit.state.filters import Edited, PathPrefix, hashable
 from nnx_fit.state.modes import set_mode
 
@@ -41,7 +41,7 @@ class _FitModuleMeta(type(nnx.Module)):
         super()._pytree_meta_construct(self, *args, **kwargs)
 
 
-class FitModule(ModuleHooks, nnx.Module, metaclass=_FitModuleMeta):
+class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
     """A model with its training logic: subclass it, write `training_step` and `configure_optimizers`.
 
     It stays a normal NNX module. Step hooks run inside a compiled program, in the right mode; host hooks run between

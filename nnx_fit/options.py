@@ -7,13 +7,14 @@ import datetime
 import logging
 import math
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nnx_fit.errors import ConfigurationError
 
 logger = logging.getLogger("nnx_fit")
 
 Limit = int | float
+ClipAlgorithm = Literal["norm", "value"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Options:
     val_check_interval: Limit = 1.0
     check_val_every_n_epoch: int | None = 1
     log_every_n_steps: int = 50
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: ClipAlgorithm = "norm"
     enable_checkpointing: bool = True
     enable_progress_bar: bool = True
     enable_model_summary: bool = True
@@ -60,9 +64,6 @@ class Options:
 # Arguments whose other values later versions take: name, the values that work now.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "steps_per_call": ("auto", 1),
-    "accumulate_grad_batches": (1,),
-    "gradient_clip_val": (None,),
-    "gradient_clip_algorithm": ("norm",),
     "precision": ("32", 32, "32-true"),
     "deterministic": (False,),
     "profiler": (None,),
@@ -89,6 +90,8 @@ def make_options(**arguments: Any) -> Options:
     _whole("num_sanity_val_steps", arguments["num_sanity_val_steps"], least=-1)
     _whole("log_every_n_steps", arguments["log_every_n_steps"], least=0)
     _whole("check_val_every_n_epoch", arguments["check_val_every_n_epoch"], least=1, optional=True)
+    _whole("accumulate_grad_batches", arguments["accumulate_grad_batches"], least=1)
+    _clipping(arguments)
     for name in (
         "enable_checkpointing",
         "enable_progress_bar",
@@ -178,6 +181,15 @@ def _limit(name: str, value: Any) -> None:
         raise _invalid(
             name, value, "an int is a number of batches from 0, a float a fraction from 0.0 to 1.0", "pass one of them"
         )
+
+
+def _clipping(arguments: dict[str, Any]) -> None:
+    limit, algorithm = arguments["gradient_clip_val"], arguments["gradient_clip_algorithm"]
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 0):
+        raise _invalid("gradient_clip_val", limit, "expected a positive number", "pass one, or None to clip nothing")
+    if algorithm not in get_args(ClipAlgorithm):
+        raise _invalid("gradient_clip_algorithm", algorithm, 'expected "norm" or "value"', "pass one of them")
+    arguments["gradient_clip_val"] = float(limit) if limit else None
 
 
 def _check_interval(interval: Any, every_n_epoch: int | None) -> None:

@@ -19,7 +19,8 @@ from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.options import Options
 from nnx_fit.programs.evaluate import EvalProgram
-from nnx_fit.programs.train import TrainOptions, TrainProgram
+from nnx_fit.programs.train import TrainProgram
+from nnx_fit.programs.train_options import TrainOptions
 from nnx_fit.state.blueprint import Blueprint
 from nnx_fit.state.filters import matches, with_edits_of
 from nnx_fit.state.layout import Slot, describe_change
@@ -211,6 +212,8 @@ class Run:
             detect_nonfinite=self.options.detect_nonfinite,
             guard=self.options.state_guard,  # type: ignore[arg-type]
             reads=self._reads,
+            clip=self.options.gradient_clip_val,
+            clip_algorithm=self.options.gradient_clip_algorithm,
             monitors=tuple(
                 callback.step_metrics
                 for callback in self.callbacks

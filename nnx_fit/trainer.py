@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from nnx_fit import verbs
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.callbacks.defaults import with_defaults
+from nnx_fit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint
 from nnx_fit.checkpoint.saving import Checkpoints
 from nnx_fit.data.datamodule import DataModule
@@ -181,7 +183,7 @@ class Trainer(TrainerViews):
         self._check_idle("fit")
         datamodule, train_dataloaders = _as_datamodule(train_dataloaders, datamodule)
         _check_module(module, "training_step", "fit")
-        self._progress, self._control = Progress(), Control()
+        self._progress, self._control = Progress(), Control(self.options.accumulate_grad_batches)
         self.history = History()
         self._ledger = Ledger(self.history, self._publish)
         self.interrupted = False
@@ -331,8 +333,16 @@ class Trainer(TrainerViews):
         )
         self.num_training_batches = source.limits[0]
         batches, epochs = self.num_training_batches, options.epoch_limit
-        self.estimated_steps = min(options.step_limit, batches * epochs if batches and epochs else 0)
+        self.estimated_steps = min(options.step_limit, self._updates(batches, epochs) if batches and epochs else 0)
         return source
+
+    def _updates(self, batches: int | float, epochs: int | float) -> int | float:
+        """Number of updates in some epochs of `batches` each."""
+        for callback in self.callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                return callback.updates(batches, epochs)
+        per_epoch = batches if math.isinf(batches) else math.ceil(batches / self.options.accumulate_grad_batches)
+        return per_epoch * epochs
 
     def _val_source(self, module: Any, given: Any, datamodule: Any) -> Source | None:
         has_step = type(module).validation_step is not FitModule.validation_step

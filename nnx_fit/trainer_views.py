@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TrainerViews:
-    """Read-only views of a run. `should_stop` and `stop_reason` may also be set.
+    """Views of a run. `should_stop`, `stop_reason` and `accumulate_grad_batches` may also be set.
 
     Attributes:
         resumed_from: Path of the checkpoint that the fit continues from, or `None`.
@@ -81,6 +81,19 @@ class TrainerViews:
     @stop_reason.setter
     def stop_reason(self, value: str | None) -> None:
         self._control.stop_reason = value
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches in an update. May be set in a hook, from the next batch on; see `GradientAccumulationScheduler`."""
+        return self._control.accumulate
+
+    @accumulate_grad_batches.setter
+    def accumulate_grad_batches(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(
+                f"Trainer.accumulate_grad_batches = {value!r}: expected a whole number of at least 1. Fix: pass one."
+            )
+        self._control.accumulate = value
 
     @property
     def callback_metrics(self) -> dict[str, float]:

@@ -107,9 +107,6 @@ def test_arguments_that_contradict_each_other_are_both_named(given, message):
     ("name", "value"),
     [
         ("steps_per_call", 4),
-        ("accumulate_grad_batches", 2),
-        ("gradient_clip_val", 1.0),
-        ("gradient_clip_algorithm", "value"),
         ("precision", "bf16-mixed"),
         ("precision", 16),
         ("deterministic", True),
@@ -117,7 +114,6 @@ def test_arguments_that_contradict_each_other_are_both_named(given, message):
         ("strategy", "fsdp"),
         ("devices", 2),
         ("reload_dataloaders_every_n_epochs", 1),
-        ("accumulate_grad_batches", True),
     ],
 )
 def test_what_later_versions_take_is_refused_as_not_yet_supported(name, value):

@@ -18,6 +18,7 @@ NAMES = {
     "DataModule",
     "EarlyStopping",
     "FitModule",
+    "GradientAccumulationScheduler",
     "History",
     "LearningRateMonitor",
     "Logger",

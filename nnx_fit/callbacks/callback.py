@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     from nnx_fit.module import FitModule
-    from nnx_fit.programs.train import StepView
+    from nnx_fit.programs.train_options import StepView
     from nnx_fit.trainer import Trainer
 
 Phase = Literal["before", "decide", "save"]

@@ -9,7 +9,7 @@ from nnx_fit.callbacks.callback import Callback
 from nnx_fit.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from nnx_fit.programs.train import StepView
+    from nnx_fit.programs.train_options import StepView
 
 
 class LearningRateMonitor(Callback):

@@ -23,7 +23,7 @@ from nnx_fit.state.live import copied
 
 if TYPE_CHECKING:
     from nnx_fit.module import FitModule
-    from nnx_fit.programs.train import StepView
+    from nnx_fit.programs.train_options import StepView
     from nnx_fit.trainer import Trainer
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nnx_fit.errors import CheckpointError
+from nnx_fit.programs.window import empty_window
 from nnx_fit.state.keys import data_of, is_key
 from nnx_fit.state.layout import ROLES, Layout
 
@@ -32,6 +33,28 @@ def optimizer_arrays(opt_state: Any) -> dict[str, Any]:
     """The arrays of an optimizer's state by their place in it."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def window_arrays(layout: Layout, window: Sequence[Any]) -> dict[str, Any]:
+    """The arrays of an accumulation window: the sum of each gradient by path, and what goes with them."""
+    names = [*(f"gradient of {name}" for name in layout.names("params")), "weight", "metrics"]
+    return dict(zip(names, window, strict=True))
+
+
+def restore_window(path: Any, layout: Layout, saved: Mapping[str, Any] | None) -> list[Any]:
+    """An accumulation window from a checkpoint; empty where it has none.
+
+    Raises:
+        CheckpointError: The checkpoint's is of other parameters.
+    """
+    if saved is None:
+        return []
+    shapes = empty_window(jax.tree.leaves(layout.state("params", layout.shapes)), saved["metrics"].shape[1])
+    expected = window_arrays(layout, shapes)
+    problems = _differences(saved, expected)
+    if problems:
+        raise _mismatch(path, "accumulation window", problems)
+    return [_device_array(saved[name], like) for name, like in expected.items()]
 
 
 def restore_module(path: Any, layout: Layout, saved: Mapping[str, Mapping[str, Any]]) -> list[jax.Array]:

@@ -71,6 +71,8 @@ class Checkpoints:
         if not weights_only and run.train_program is not None:
             run.ledger.drain()
             arrays["optimizer"] = contents.optimizer_arrays(run.train_program.optimizer_state)
+            if run.train_program.window:
+                arrays["window"] = contents.window_arrays(run.live.layout, run.train_program.window)
             arrays["metrics"] = {"epoch": run.train_program.accumulators}
             meta |= {
                 "progress": run.progress.state_dict(),
@@ -168,9 +170,11 @@ class Checkpoints:
         saved = load_arrays(loaded.path)
         arrays = contents.restore_module(loaded.path, run.live.layout, saved)
         opt_state = contents.restore_optimizer(loaded.path, program.optimizer_state, saved["optimizer"])
+        window = contents.restore_window(loaded.path, run.live.layout, saved.get("window"))
         run.live.replace(arrays)
         program.set_optimizer_state(opt_state)
         program.restore_metrics(loaded.meta["metric_names"], np.asarray(saved["metrics"]["epoch"]))
+        program.set_window(window)
         return loaded.meta["loader"]
 
     def restore_weights(self, loaded: Loaded | None, run: Run) -> None:

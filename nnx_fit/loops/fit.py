@@ -23,7 +23,7 @@ class Steps(Protocol):
     def accumulators(self) -> Any:
         """The epoch's metrics so far."""
 
-    def run(self, batch: Any, step: int) -> tuple[Any, Any]:
+    def run(self, batch: Any, step: int, updates: bool = True) -> tuple[Any, Any]:
         """Dispatches one step; returns its packed metrics and its outputs."""
         ...
 
@@ -132,6 +132,8 @@ class FitLoop:
         """Whether training ends before the next step, for a reason other than the number of epochs."""
         if self._progress.global_step >= self._options.step_limit:
             return True
+        if self._progress.window:
+            return False  # the batches of a window end in an update
         if self._deadline is not None and not self._control.should_stop and self._clock() >= self._deadline:
             self._control.should_stop, self._control.stop_reason = True, "max_time was reached"
         return self._control.should_stop and self._minimum_reached()
@@ -178,15 +180,15 @@ class FitLoop:
                 return True
             if funnel.looked:
                 steps = self._steps = self._refreshed(True)
-            step = progress.global_step + 1
-            packed, outputs = steps.run(batch.numeric, step)
+            updates = progress.window + 1 >= self._control.accumulate or batches.exhausted
+            packed, outputs = steps.run(batch.numeric, progress.global_step + 1, updates)
             if self._on_first_step is not None:
                 self._begin()
-            progress.global_step = step
+            step = progress.advance(updates)
             progress.batch_idx += 1
             progress.batches += 1
             ledger.step(table, packed)
-            logs = log_every and step % log_every == 0
+            logs = updates and log_every and step % log_every == 0
             if logs:
                 ledger.log_step(step)
             if step >= ends_from:

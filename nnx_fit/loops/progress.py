@@ -1,4 +1,7 @@
-"""`Progress`: the one record of where a run is, owned by the fit loop and saved as it is. `Control`: how to end it."""
+"""`Progress`: the one record of where a run is, owned by the fit loop and saved as it is.
+
+`Control` is what is asked of the loop.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ class Progress:
         epoch: Completed epochs; while an epoch runs, its index.
         batch_idx: Batches of the epoch that are done.
         batches: Batches done in all epochs.
+        window: Batches done since the last update.
         validated_step: `global_step` of the last validation, -1 before the first.
         in_epoch: Whether an epoch is under way.
         epoch_recorded: Whether its metrics are recorded and its last hook was called, which must not come again when a
@@ -26,9 +30,16 @@ class Progress:
     epoch: int = 0
     batch_idx: int = 0
     batches: int = 0
+    window: int = 0
     validated_step: int = -1
     in_epoch: bool = False
     epoch_recorded: bool = False
+
+    def advance(self, updates: bool) -> int:
+        """Counts a step that updates, or one more batch of its window; returns `global_step`."""
+        self.global_step += updates
+        self.window = 0 if updates else self.window + 1
+        return self.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """The record as a plain dict."""
@@ -42,14 +53,16 @@ class Progress:
 
 @dataclasses.dataclass
 class Control:
-    """Requests to end a run early; the loop acts on them between two steps.
+    """Requests to a run; the loop acts on them between two steps.
 
     Attributes:
+        accumulate: Batches in a window, from the next batch on.
         should_stop: Whether to stop once `min_epochs` and `min_steps` are reached.
         stop_reason: Why, for the user.
         signal: Number of the signal that asked to end now, or `None`.
     """
 
+    accumulate: int = 1
     should_stop: bool = False
     stop_reason: str | None = None
     signal: int | None = None

@@ -8,7 +8,7 @@ same accumulator.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -255,6 +255,12 @@ class MetricTable:
         # One concatenation: a scatter for each row costs a small step more than the rest of its metrics.
         parts = [part for row in (*rows, present) for part in (*(jnp.reshape(x, 1) for x in row), rest)]
         return jnp.concatenate(parts).reshape(3, self.capacity)
+
+    def are(self, names: Iterable[str]) -> np.ndarray:
+        """Which places belong to these names, boolean, shape `(capacity,)`."""
+        places = np.zeros(self.capacity, bool)
+        places[[self._places[name] for name in names]] = True
+        return places
 
     def reduction_is(self, *reductions: str) -> np.ndarray:
         """Which places have one of these reductions, boolean, shape `(capacity,)`."""

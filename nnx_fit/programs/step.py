@@ -15,7 +15,9 @@ import numpy as np
 
 from nnx_fit.data.batches import batch_size
 from nnx_fit.errors import ConfigurationError
+from nnx_fit.hooks import StepHooks
 from nnx_fit.metrics.capture import Capture, MetricSpec
+from nnx_fit.programs.update import check_gradients
 from nnx_fit.scope import StepScope, entered
 from nnx_fit.state import graph
 from nnx_fit.state.call_flags import filled
@@ -33,6 +35,7 @@ LOG_DEFAULTS: dict[str, tuple[bool, bool] | None] = {
     "validation_step": (False, True),
     "test_step": (False, True),
     "predict_step": None,
+    "on_gradients": (True, False),
 }
 
 
@@ -76,9 +79,9 @@ def run_hook(
         reads: Takes the names of the plain attributes that the step reads.
     """
     attributes = Attributes(module)
-    values = [leaf for _, leaf in graph.flatten(module)[1]]
-    inputs = [*map(raw_value, values), batch, counters]
-    capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(_size, module, batch, hook), inputs)
+    why = f"A mean over the epoch is weighted by it; it was asked for by self.log in {hook}."
+    inputs = [*_values(module), batch, counters]
+    capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(size_of, module, batch, why), inputs)
     scope = StepScope(hook, stage, module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
     names = set() if reads is None else reads
     with entered(scope), filled(module, training=stage == "train"), recorded(module, names):
@@ -140,16 +143,44 @@ def _depends_on(loss: Any, parameters: Any) -> bool:
     return not traces or (isinstance(loss, jax.core.Tracer) and id(loss._trace) in traces)
 
 
-def _size(module: Any, batch: Any, hook: str) -> Any:
+def overrides_gradients(module: Any) -> bool:
+    """Whether a module has an `on_gradients` of its own."""
+    return type(module).on_gradients is not StepHooks.on_gradients
+
+
+def run_on_gradients(module: Any, origin: Any, grads: Any, counters: Any) -> StepResult:
+    """Calls a merged module's `on_gradients`, in train mode and in a scope where it can log."""
+    hook = "on_gradients"
+    inputs = [*_values(module), grads, counters]
+    capture = Capture(hook, LOG_DEFAULTS[hook], lambda: 1, inputs)
+    scope = StepScope(hook, "train", module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
+    with entered(scope), filled(module, training=True):
+        output = module.on_gradients(grads)
+    return StepResult(check_gradients(type(origin).__name__, grads, output), capture.values(), capture.specs())
+
+
+def _values(module: Any) -> list[Any]:
+    return [raw_value(leaf) for _, leaf in graph.flatten(module)[1]]
+
+
+def size_of(module: Any, batch: Any, why: str) -> Any:
+    """Number of examples in a batch: what the module's `batch_size` says, or else the leading axis.
+
+    Args:
+        module: The module.
+        batch: The batch.
+        why: What it is needed for, a sentence, for messages.
+
+    Raises:
+        ConfigurationError: The leaves of the batch disagree.
+    """
     own = getattr(module, "batch_size", None)
     if callable(own):
         return own(batch)
     try:
         return batch_size(batch)
     except ConfigurationError as error:
-        raise ConfigurationError(
-            f"{error}\n(A mean over the epoch is weighted by it; it was asked for by self.log in {hook}.)"
-        ) from None
+        raise ConfigurationError(f"{error}\n({why})") from None
 
 
 def _call(hook: Callable[..., Any], batch: Any, batch_idx: Any, dataloader_idx: int) -> Any:

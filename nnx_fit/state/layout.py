@@ -176,6 +176,11 @@ class Layout:
             start += len(shapes)
         return cls(slots)
 
+    @property
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of each array in the flat list."""
+        return [shape for slot in self.slots for shape in slot.shapes]
+
     def positions(self, role: Role) -> list[int]:
         """Positions in the flat list of the arrays that play a role."""
         return [i for slot in self.slots if slot.role == role for i in range(slot.start, slot.stop)]

@@ -13,7 +13,7 @@ def test_a_record_comes_back_through_json_with_its_types():
     loaded = Progress(global_step=100, epoch_recorded=True)
     loaded.load_state_dict(json.loads(json.dumps(progress.state_dict())))
     assert loaded == progress
-    assert [type(getattr(loaded, f.name)) for f in dataclasses.fields(loaded)] == [int] * 5 + [bool] * 2
+    assert [type(getattr(loaded, f.name)) for f in dataclasses.fields(loaded)] == [int] * 6 + [bool] * 2
 
 
 def test_an_incomplete_record_is_not_taken_for_one():
@@ -27,11 +27,19 @@ def test_a_new_run_stands_at_the_beginning_and_nobody_wants_to_stop_it():
         "epoch": 0,
         "batch_idx": 0,
         "batches": 0,
+        "window": 0,
         "validated_step": -1,
         "in_epoch": False,
         "epoch_recorded": False,
     }
-    assert dataclasses.asdict(Control()) == {"should_stop": False, "stop_reason": None, "signal": None}
+    asked = {"accumulate": 1, "should_stop": False, "stop_reason": None, "signal": None}
+    assert dataclasses.asdict(Control()) == asked
+
+
+def test_a_step_counts_when_it_updates_and_as_a_batch_of_its_window_otherwise():
+    progress = Progress(global_step=3)
+    assert [progress.advance(updates) for updates in (False, False, True, True)] == [3, 3, 4, 5]
+    assert progress.window == 0 and progress.advance(False) == 5 and progress.window == 1
 
 
 def test_an_interrupt_is_not_caught_as_an_error():

@@ -1,0 +1,208 @@
+"""What a train program computes: forward, backward, update, metrics and counters, all of it traced.
+
+Only *params* are differentiated and given to Optax; everything else is carried. A step that does not update adds its
+gradients to the window of accumulation instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nnx_fit.errors import ConfigurationError
+from nnx_fit.metrics.capture import MetricSpec, MetricTable, make_spec, scalar
+from nnx_fit.metrics.reduction import accumulate, with_latest
+from nnx_fit.optimizers import BoundOptimizer
+from nnx_fit.programs import window as windows
+from nnx_fit.programs.health import Health
+from nnx_fit.programs.step import STEP, StepResult, loss_of, overrides_gradients, run_hook, run_on_gradients, size_of
+from nnx_fit.programs.train_options import StepView, TrainOptions
+from nnx_fit.programs.update import clipped, updated
+from nnx_fit.state.guard import by_design, report_train, written
+from nnx_fit.state.layout import Layout
+
+
+@dataclasses.dataclass
+class Logged:
+    """What a step logs: (value, weight) of each name, and how the name is treated."""
+
+    values: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    specs: dict[str, MetricSpec] = dataclasses.field(default_factory=dict)
+
+    def add(self, result: StepResult) -> None:
+        """Takes over what another hook of the step logged."""
+        for name, spec in result.specs.items():
+            if name in self.specs:
+                raise ConfigurationError(
+                    f"self.log({name!r}, ...) was called in training_step and in on_gradients. Fix: rename one of them."
+                )
+            self.values[name], self.specs[name] = result.metrics[name], spec
+
+
+class TrainStep:
+    """The traced function of a train program.
+
+    It takes and returns one flat list: the module's arrays, the optimizer's, the window's if there is one, the counters
+    and the epoch's accumulators.
+
+    Args:
+        module: The live module, for messages and for what it is asked outside of a trace.
+        graphdef: The module's graphdef in train mode.
+        layout: Where each leaf is in the list of the module's arrays.
+        optimizer: The optimizer of its *params*.
+        opt_structure: Structure of its state.
+        table: Places of the metrics.
+        options: What to compile for.
+
+    Attributes:
+        health: Checks and names values that are not finite.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        graphdef: nnx.GraphDef,
+        layout: Layout,
+        optimizer: BoundOptimizer,
+        opt_structure: Any,
+        table: MetricTable,
+        options: TrainOptions,
+    ):
+        self._module = module
+        self._graphdef = graphdef
+        self._layout = layout
+        self._optimizer = optimizer
+        self._opt_structure = opt_structure
+        self._table = table
+        self._options = options
+        self.health = Health()
+
+    def whole(self, carried: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        """A step that updates, from one batch alone."""
+        return self._step(carried, batch, windowed=False, updates=True)
+
+    def closing(self, carried: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        """A step that updates, from the batches of a window of which this is the last."""
+        return self._step(carried, batch, windowed=True, updates=True)
+
+    def adding(self, carried: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        """A step that adds its gradients to a window and updates nothing but the other state."""
+        return self._step(carried, batch, windowed=True, updates=False)
+
+    def _step(self, carried: list[Any], batch: Any, *, windowed: bool, updates: bool) -> tuple[list[Any], Any]:
+        layout = self._layout
+        arrays, tail = carried[: layout.size], carried[layout.size :]
+        opt_count = self._opt_structure.num_leaves
+        opt_leaves, window, (counters, accumulators) = tail[:opt_count], tail[opt_count:-2], tail[-2:]
+        loss, grads, after, logged, extras = self._backward(arrays, batch, counters)
+        batch_names, size = list(logged.values), None
+        if windowed:
+            leaves, structure = jax.tree.flatten(grads)
+            size = size_of(self._module, batch, "The gradients of a window are weighted by it.")
+            window = windows.with_gradients(window, leaves, size)
+            if updates:
+                grads = jax.tree.unflatten(structure, windows.mean_gradients(window, leaves))
+        params = layout.state("params", self._updated_from(arrays, after))
+        if updates:
+            grads, after = self._on_gradients(grads, after, counters, logged)
+            params, opt_leaves = self._update(grads, opt_leaves, params, counters, logged)
+        packed = self._table.pack(logged.values, logged.specs)
+        new_arrays = layout.put("params", after, params)
+        finite = self._finite(loss, logged.values, grads, new_arrays) if self._options.detect_nonfinite else None
+        new_counters = counters + np.array([int(updates), 0, 1], np.int32)
+        new_accumulators = accumulate(accumulators, packed, self._table)
+        if windowed:
+            window = windows.with_metrics(window, packed, self._table.are(batch_names), size)
+            if updates:
+                packed, window = windows.mean_metrics(window, packed), windows.emptied(window)
+        packed = with_latest(packed, new_accumulators)
+        outputs = {"loss": loss, **extras} if self._options.outputs else None
+        return [*new_arrays, *opt_leaves, *window, new_counters, new_accumulators], (packed, outputs, finite)
+
+    def _backward(self, arrays: list[Any], batch: Any, counters: Any) -> tuple[Any, Any, list[Any], Logged, Any]:
+        """Loss and gradients of a batch, the arrays after the step, what it logged and returned beside the loss."""
+        layout, logged = self._layout, Logged()
+
+        def forward(arrays: list[Any]) -> tuple[StepResult, list[Any]]:
+            module = layout.merge(self._graphdef, arrays)
+            watch = {"guard": self._options.guard, "reads": self._options.reads}
+            result = run_hook("training_step", "train", module, self._module, batch, counters, **watch)
+            return result, layout.arrays_of(module, step="training_step")
+
+        def objective(params: nnx.State) -> tuple[jax.Array, Any]:
+            given = layout.put("params", arrays, params)
+            result, after = forward(given)
+            loss, extras = loss_of(result.output, params, type(self._module).__name__)
+            self._check_written(given, after, lambda arrays: forward(arrays)[1])
+            logged.specs.update(result.specs)
+            return loss, (after, result.metrics, extras)
+
+        found, grads = jax.value_and_grad(objective, has_aux=True)(layout.state("params", arrays))
+        loss, (after, metrics, extras) = found
+        logged.values.update(metrics)
+        return loss, grads, after, logged, extras
+
+    def _on_gradients(
+        self, grads: nnx.State, after: list[Any], counters: Any, logged: Logged
+    ) -> tuple[nnx.State, list[Any]]:
+        """What the user's `on_gradients` makes of the gradients, and of the module's other state."""
+        if not overrides_gradients(self._module):
+            return grads, after
+        module = self._layout.merge(self._graphdef, after)
+        result = run_on_gradients(module, self._module, grads, counters)
+        logged.add(result)
+        return result.output, self._layout.arrays_of(module, step="on_gradients")
+
+    def _update(
+        self, grads: nnx.State, opt_leaves: list[Any], params: nnx.State, counters: Any, logged: Logged
+    ) -> tuple[nnx.State, list[Any]]:
+        """The parameters and the arrays of the optimizer after an update."""
+        used = clipped(grads, self._options.clip, self._options.clip_algorithm)
+        made = updated(self._optimizer.tx, used, opt_leaves, self._opt_structure, params)
+        rate = self._optimizer.learning_rate(made.opt_state, counters[STEP])
+        view = StepView(
+            params=params,
+            grads=grads,
+            updates=made.updates,
+            new_params=made.params,
+            learning_rates={} if rate is None else {self._optimizer.name: rate},
+            step=counters[STEP],
+        )
+        for monitor in self._options.monitors:
+            for name, value in monitor(view).items():
+                logged.values[name] = (scalar(name, value), jnp.float32(1))
+                logged.specs[name] = make_spec(name, (True, False))
+        return made.params, made.opt_leaves
+
+    def _check_written(self, before: list[Any], after: list[Any], again: Callable[[list[Any]], list[Any]]) -> None:
+        """Tells of trained parameters that the step wrote by hand."""
+        if self._options.guard == "off":
+            return
+        watched = [s for s in self._layout.slots if s.role == "params" and not by_design(self._module, s)]
+        if changed := written(watched, before, after, again):
+            report_train(changed, self._options.guard)
+
+    def _updated_from(self, before: list[Any], after: list[Any]) -> list[Any]:
+        """The values that the optimizer updates: those the step began with, but for layers made to overwrite them."""
+        values = list(before)
+        for slot in self._layout.slots:
+            if slot.role == "params" and by_design(self._module, slot):
+                values[slot.start : slot.stop] = after[slot.start : slot.stop]
+        return values
+
+    def _finite(self, loss: Any, metrics: Mapping[str, Any], grads: nnx.State, arrays: Sequence[Any]) -> Any:
+        named = [(slot.name, array) for slot in self._layout.slots for array in arrays[slot.start : slot.stop]]
+        return self.health.check(
+            {
+                "loss": (["loss"], [loss]),
+                "metric": (list(metrics), [value for value, _ in metrics.values()]),
+                "gradient of": (self._layout.names("params"), jax.tree.leaves(grads)),
+                "Variable": ([name for name, _ in named], [array for _, array in named]),
+            }
+        )
