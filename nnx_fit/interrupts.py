@@ -28,7 +28,7 @@ def watched(control: Control) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if control.signal is not None:
             _restore(earlier)
-            end_with(number)
+            end_with(number, at_once=True)
         control.signal = number
         previous = earlier[number]
         # Python's own handler for SIGINT raises at once, which is what the loop is spared.
@@ -43,11 +43,21 @@ def watched(control: Control) -> Iterator[None]:
         _restore(earlier)
 
 
-def end_with(number: int) -> NoReturn:
-    """Ends the program the way a signal is expected to: `KeyboardInterrupt`, or exit status 143."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+def end_with(number: int, at_once: bool = False) -> NoReturn:
+    """Ends the program the way a signal is expected to: `KeyboardInterrupt`, or exit status 143.
+
+    Args:
+        number: The signal.
+        at_once: Whether it is the second one, after which nothing is waited for; `ends_at_once` tells it apart.
+    """
+    ending = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+    ending.at_once = at_once  # type: ignore[union-attr]
+    raise ending
+
+
+def ends_at_once(error: BaseException) -> bool:
+    """Whether an exception comes from a second signal."""
+    return bool(getattr(error, "at_once", False))
 
 
 def _restore(earlier: dict[int, Any]) -> None:

@@ -15,6 +15,9 @@ logger = logging.getLogger("nnx_fit")
 
 Limit = int | float
 ClipAlgorithm = Literal["norm", "value"]
+PrecisionName = Literal["32", "bf16-mixed", "bf16-true", "16-mixed"]
+# Other ways to write them, Lightning's.
+_PRECISION_ALIASES = {"32-true": "32", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Options:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: ClipAlgorithm = "norm"
+    precision: PrecisionName = "32"
     enable_checkpointing: bool = True
     enable_progress_bar: bool = True
     enable_model_summary: bool = True
@@ -64,7 +68,6 @@ class Options:
 # Arguments whose other values later versions take: name, the values that work now.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "steps_per_call": ("auto", 1),
-    "precision": ("32", 32, "32-true"),
     "deterministic": (False,),
     "profiler": (None,),
     "strategy": ("auto",),
@@ -92,6 +95,7 @@ def make_options(**arguments: Any) -> Options:
     _whole("check_val_every_n_epoch", arguments["check_val_every_n_epoch"], least=1, optional=True)
     _whole("accumulate_grad_batches", arguments["accumulate_grad_batches"], least=1)
     _clipping(arguments)
+    arguments["precision"] = _precision(arguments["precision"])
     for name in (
         "enable_checkpointing",
         "enable_progress_bar",
@@ -190,6 +194,14 @@ def _clipping(arguments: dict[str, Any]) -> None:
     if algorithm not in get_args(ClipAlgorithm):
         raise _invalid("gradient_clip_algorithm", algorithm, 'expected "norm" or "value"', "pass one of them")
     arguments["gradient_clip_val"] = float(limit) if limit else None
+
+
+def _precision(value: Any) -> str:
+    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    name = _PRECISION_ALIASES.get(name, name)
+    if name not in get_args(PrecisionName):
+        raise _invalid("precision", value, "unknown", f"pass one of {', '.join(map(repr, get_args(PrecisionName)))}")
+    return name
 
 
 def _check_interval(interval: Any, every_n_epoch: int | None) -> None:

@@ -19,11 +19,13 @@ from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.options import Options
 from nnx_fit.programs.evaluate import EvalProgram
+from nnx_fit.programs.precision import PRECISIONS
 from nnx_fit.programs.train import TrainProgram
 from nnx_fit.programs.train_options import TrainOptions
+from nnx_fit.state import graph
 from nnx_fit.state.blueprint import Blueprint
 from nnx_fit.state.filters import matches, with_edits_of
-from nnx_fit.state.layout import Slot, describe_change
+from nnx_fit.state.layout import Slot
 from nnx_fit.state.live import Live
 from nnx_fit.state.modes import set_mode
 from nnx_fit.state.reads import matters
@@ -42,7 +44,7 @@ class Evaluation:
         logged: What host hooks logged.
     """
 
-    programs: Sequence[EvalProgram]
+    programs: Sequence[Any]
     names: Sequence[str]
     logged: Mapping[str, float]
 
@@ -85,6 +87,7 @@ class Run:
         self.module = module
         self.verb = verb
         self.options = options
+        self.precision = PRECISIONS[options.precision]
         self.callbacks = list(callbacks)
         self.progress = progress
         self.control = control
@@ -151,6 +154,7 @@ class Run:
         """Takes the module over as it is now: its layout, its values, and its graphdef in each mode."""
         if self.options.state_guard != "off":
             warn_of_untoggled_modes(self.module)
+        self.precision.convert(self.module, self.trains)
         self._blueprint = Blueprint(self.module, self.trains)
         self.live = Live(self.module, self._blueprint.layout)
         return self.live
@@ -169,15 +173,17 @@ class Run:
         if old.intact(self.trains):
             self.live.collect()
             return
+        if [path for path, _ in graph.flatten(self.module)[1]] == [slot.path for slot in old.layout.slots]:
+            # Refuses a value of another shape by name; one of another dtype is brought to the Variable's own.
+            self.live.replace(self.live.collect())
         new = Blueprint(self.module, self.trains)
-        if [slot.path for slot in new.layout.slots] == [slot.path for slot in old.layout.slots]:
-            self.live.collect()  # refuses a value of another shape, by name
         changed = old.changed()
-        matter = any(matters(self.module, path, self._reads) for path in changed)
+        unread = [path for path in changed if not matters(self.module, path, self._reads)]
         self._blueprint = new
-        if new.layout.slots == old.layout.slots and not matter and (changed or new.graphdefs == old.graphdefs):
+        if len(unread) == len(changed) and not old.differs(new, unread):
+            self._adopt(new)
             return
-        what = describe_change(old.graphdefs[True], new.graphdefs[True], old.layout, new.layout)
+        what = old.describe(new)
         self._rebuilds += 1
         logger.log(
             logging.INFO if self._rebuilds < 3 else logging.WARNING,
@@ -193,10 +199,25 @@ class Run:
             )
 
     def refresh_in_epoch(self) -> None:
-        """`refresh` between two batches, if an attribute that a step depends on changed."""
-        changed = self._of_programs.newly_changed() if self.funnel.looked else ()
-        if any(matters(self.module, path, self._reads) for path in changed):
+        """`refresh` between two batches, if anything changed that a step may depend on."""
+        if not self.funnel.looked:
+            return
+        blueprint = self._of_programs
+        changed, more = blueprint.newly_changed()
+        traced = self.train_program is not None and self.train_program.traced
+        if (
+            more
+            or blueprint.trainable != self.trains
+            or any(not traced or matters(self.module, path, self._reads) for path in changed)
+        ):
             self.refresh()
+
+    def _adopt(self, blueprint: Blueprint) -> None:
+        """Lets programs go on as they are; what they trace from now on has the attributes as they are now."""
+        if self.train_program is not None:
+            self.train_program.graphdef = blueprint.graphdefs[True]
+        for program in self._eval_programs.values():
+            program.graphdef = blueprint.graphdefs[False]
 
     @property
     def _of_programs(self) -> Blueprint:
@@ -212,6 +233,7 @@ class Run:
             detect_nonfinite=self.options.detect_nonfinite,
             guard=self.options.state_guard,  # type: ignore[arg-type]
             reads=self._reads,
+            precision=self.precision,
             clip=self.options.gradient_clip_val,
             clip_algorithm=self.options.gradient_clip_algorithm,
             monitors=tuple(
@@ -252,8 +274,11 @@ class Run:
             keep: Takes each batch's outputs, with the index of its loader.
             recorded: Called once everything is recorded, before the last hook.
         """
-        self.refresh()
-        programs = [self._eval_program(stage, index, keep is not None) for index in range(len(source.loaders))]
+
+        def programs() -> list[EvalProgram]:
+            self.refresh()  # the hooks that begin the loop may have changed the module
+            return [self._eval_program(stage, index, keep is not None) for index in range(len(source.loaders))]
+
         loop = EvalLoop(
             stage,
             self.progress,
@@ -266,7 +291,7 @@ class Run:
         )
         with self.staged("sanity" if sanity is not None else stage):
             logged = loop.run(record=sanity is None, keep=keep, recorded=recorded)
-        return Evaluation(programs, source.names, logged)
+        return Evaluation(loop.programs, source.names, logged)
 
     def show(self) -> None:
         """Brings the module's Variables up to date.
@@ -313,5 +338,6 @@ class Run:
                 compiled=self.options.jit,
                 guard=self.options.state_guard,  # type: ignore[arg-type]
                 reads=self._reads,
+                precision=self.precision,
             )
         return self._eval_programs[stage, index]

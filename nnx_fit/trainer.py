@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import datetime
-import math
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnx_fit import verbs
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.callbacks.defaults import with_defaults
-from nnx_fit.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint
 from nnx_fit.checkpoint.saving import Checkpoints
-from nnx_fit.data.datamodule import DataModule
-from nnx_fit.data.sources import Source, find_loaders, make_source
+from nnx_fit.data.sources import find_loaders
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.loggers.fan_out import FanOut
 from nnx_fit.loggers.logger import Logger
-from nnx_fit.loggers.tensorboard import TensorBoardLogger
 from nnx_fit.loops.progress import Control, Progress
 from nnx_fit.metrics.history import History
 from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.module import FitModule
 from nnx_fit.options import make_options
 from nnx_fit.run import Run
+from nnx_fit.trainer_data import TrainerData, as_datamodule, check_module
+from nnx_fit.trainer_setup import make_loggers, own_directory
 from nnx_fit.trainer_views import TrainerViews
 
 
-class Trainer(TrainerViews):
+class Trainer(TrainerViews, TrainerData):
     """Runs a `FitModule`: trains, validates, tests, predicts.
 
     Every argument is keyword-only. A float limit is a fraction (1.0 is all), an int a count, 0 disables.
@@ -52,10 +48,14 @@ class Trainer(TrainerViews):
         check_val_every_n_epoch: Validate in every n-th epoch; `None` lets `val_check_interval` count across epochs.
         log_every_n_steps: Updates between two records of step metrics; 0 for none.
         steps_per_call: Updates in one compiled call.
-        accumulate_grad_batches: Batches accumulated into one update.
-        gradient_clip_val: Bound for gradients.
-        gradient_clip_algorithm: What is bounded: `"norm"` or `"value"`.
-        precision: Arithmetic of the step.
+        accumulate_grad_batches: Batches in an update, which is made from the mean of their gradients weighted by batch
+            size. The last window of an epoch may be shorter. Statistics and RNG streams advance with every batch.
+        gradient_clip_val: Largest global norm of the gradients, or largest value of each; `None` or 0 for no limit.
+        gradient_clip_algorithm: What is limited: `"norm"` or `"value"`.
+        precision: `"32"`; `"bf16-mixed"`: steps compute in bfloat16 and see parameters and batches in it, while
+            parameters and optimizer are kept in float32; `"bf16-true"`: parameters and optimizer, too, are bfloat16;
+            `"16-mixed"`: float16 with a dynamic loss scale: an update whose gradients overflow is skipped and not
+            counted. Running statistics are float32 in each of them.
         optimizer: What `configure_optimizers` may return, or a callable of the estimated number of steps that returns
             it; for modules that do not override that method.
         callbacks: A callback or a list of them.
@@ -129,14 +129,16 @@ class Trainer(TrainerViews):
         reload_dataloaders_every_n_epochs: int = 0,
     ):
         arguments = dict(locals())
+        arguments.pop("__class__", None)
         for name in ("self", "optimizer", "callbacks", "logger", "default_root_dir"):
             del arguments[name]
+        super().__init__()
         self.options = make_options(**arguments)
         verbs.check_optimizer_setting(optimizer)
         self._optimizer = optimizer
-        self.default_root_dir = Path(default_root_dir) if default_root_dir is not None else _own_directory()
+        self.default_root_dir = Path(default_root_dir) if default_root_dir is not None else own_directory()
         writes = not (self.options.barebones or self.options.fast_dev_run)
-        self._fan_out = FanOut(_make_loggers(logger if writes else False, self.default_root_dir))
+        self._fan_out = FanOut(make_loggers(logger if writes else False, self.default_root_dir))
         self.callbacks = with_defaults(callbacks, self.options, self.loggers)
         self._checkpoints = Checkpoints()
         self._progress = Progress()
@@ -148,11 +150,6 @@ class Trainer(TrainerViews):
         self.settings: dict[str, Any] = {}
         self.texts: dict[str, str] = {}
         self.interrupted = False
-        self.num_training_batches: int | float = 0
-        self.num_val_batches: list[int | float] = []
-        self.num_test_batches: list[int | float] = []
-        self.num_predict_batches: list[int | float] = []
-        self.estimated_steps: int | float = 0
         self._publishing = False
 
     def fit(
@@ -181,9 +178,11 @@ class Trainer(TrainerViews):
             KeyboardInterrupt: After SIGINT, once everything is saved and consistent.
         """
         self._check_idle("fit")
-        datamodule, train_dataloaders = _as_datamodule(train_dataloaders, datamodule)
-        _check_module(module, "training_step", "fit")
+        datamodule, train_dataloaders = as_datamodule(train_dataloaders, datamodule)
+        check_module(module, "training_step", "fit")
         self._progress, self._control = Progress(), Control(self.options.accumulate_grad_batches)
+        for callback in self.callbacks:
+            callback.paused_until = 0
         self.history = History()
         self._ledger = Ledger(self.history, self._publish)
         self.interrupted = False
@@ -286,8 +285,8 @@ class Trainer(TrainerViews):
         self, verb: str, module: FitModule, dataloaders: Any, datamodule: Any, ckpt_path: str | Path | None
     ) -> Any:
         self._check_idle(verb)
-        datamodule, dataloaders = _as_datamodule(dataloaders, datamodule)
-        _check_module(module, {"validate": "validation_step", "test": "test_step"}.get(verb), verb)
+        datamodule, dataloaders = as_datamodule(dataloaders, datamodule)
+        check_module(module, {"validate": "validation_step", "test": "test_step"}.get(verb), verb)
         kind = {"validate": "val"}.get(verb, verb)
         self._control = Control()
         self._ledger = Ledger(History(), self._publish)  # the fit's History stays as it was returned
@@ -319,47 +318,6 @@ class Trainer(TrainerViews):
         self.datamodule = datamodule
         self._run = Run(self, module, verb, self.options, self.callbacks, self._progress, self._control, self._ledger)
         return self._run
-
-    def _train_source(self, loaders: Any, module: Any) -> Source:
-        if loaders is None:
-            raise ConfigurationError(
-                "Trainer.fit has no training data. Fix: pass train_dataloaders=, or a datamodule with "
-                "train_dataloader()."
-            )
-        options = self.options
-        name = "overfit_batches" if options.overfit_batches else "limit_train_batches"
-        source = make_source(
-            "train", loaders, options.limit_train_batches, name, repeated=bool(options.overfit_batches)
-        )
-        self.num_training_batches = source.limits[0]
-        batches, epochs = self.num_training_batches, options.epoch_limit
-        self.estimated_steps = min(options.step_limit, self._updates(batches, epochs) if batches and epochs else 0)
-        return source
-
-    def _updates(self, batches: int | float, epochs: int | float) -> int | float:
-        """Number of updates in some epochs of `batches` each."""
-        for callback in self.callbacks:
-            if isinstance(callback, GradientAccumulationScheduler):
-                return callback.updates(batches, epochs)
-        per_epoch = batches if math.isinf(batches) else math.ceil(batches / self.options.accumulate_grad_batches)
-        return per_epoch * epochs
-
-    def _val_source(self, module: Any, given: Any, datamodule: Any) -> Source | None:
-        has_step = type(module).validation_step is not FitModule.validation_step
-        if not has_step and given is not None:
-            _check_module(module, "validation_step", "fit with val_dataloaders")
-        loaders = find_loaders("val", given, None if given is not None else datamodule, module) if has_step else None
-        if loaders is None or self.options.limit_val_batches == 0:
-            self.num_val_batches = []
-            return None
-        return self._eval_source("val", loaders)
-
-    def _eval_source(self, kind: str, loaders: Any) -> Source:
-        repeated = bool(self.options.overfit_batches) and kind == "val"
-        name = "overfit_batches" if repeated else f"limit_{kind}_batches"
-        source = make_source(kind, loaders, getattr(self.options, f"limit_{kind}_batches"), name, repeated=repeated)
-        setattr(self, f"num_{kind}_batches", source.limits)
-        return source
 
     def _settings_record(self, module: FitModule) -> Callable[[], None]:
         """What hands the run's settings to the loggers, as they are now."""
@@ -393,44 +351,3 @@ class Trainer(TrainerViews):
     def checkpoint_callback(self) -> ModelCheckpoint | None:
         """The first `ModelCheckpoint`, if there is one."""
         return next((callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)), None)
-
-
-def _own_directory() -> Path:
-    now = datetime.datetime.now()
-    return Path("outputs", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}-{secrets.token_hex(3)}")
-
-
-def _make_loggers(setting: Any, root: Path) -> list[Logger]:
-    if setting is None or setting is False:
-        return []
-    if setting is True:
-        return [TensorBoardLogger(root)]
-    loggers = list(setting) if isinstance(setting, Iterable) else [setting]
-    for logger in loggers:
-        if not isinstance(logger, Logger):
-            raise ConfigurationError(
-                f"Trainer(logger=...) got a {type(logger).__name__}, which is no logger.\n"
-                "Fix: pass True, False, an nnx_fit logger such as CSVLogger(...), or a list of them."
-            )
-    return loggers
-
-
-def _as_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
-    """A data module may stand where loaders do, as Lightning users write it."""
-    if isinstance(loaders, DataModule) and datamodule is None:
-        return loaders, None
-    return datamodule, loaders
-
-
-def _check_module(module: Any, hook: str | None, verb: str) -> None:
-    if not isinstance(module, FitModule):
-        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
-        raise ConfigurationError(
-            f"Trainer.{verb} got {what}, which is no FitModule.\n"
-            "Fix: pass an instance of a class that derives from nnx_fit.FitModule and has the step hooks."
-        )
-    if hook is not None and getattr(type(module), hook) is getattr(FitModule, hook):
-        raise ConfigurationError(
-            f"{type(module).__name__} has no {hook}, which Trainer.{verb} needs.\n"
-            f"Fix: define `def {hook}(self, batch)`."
-        )

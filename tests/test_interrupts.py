@@ -11,7 +11,7 @@ from nets import Scalar, loader, quiet, targets
 
 import nnx_fit as nf
 from nnx_fit.callbacks.callback import Callback
-from nnx_fit.interrupts import end_with, watched
+from nnx_fit.interrupts import end_with, ends_at_once, watched
 from nnx_fit.loggers.logger import Logger
 from nnx_fit.loops.progress import Control
 
@@ -317,3 +317,14 @@ def test_all_state_of_a_real_net_is_there_after_a_signal():
         strict=True,
     ):
         np.testing.assert_array_equal(one[...], other[...], err_msg=str(path))
+
+
+def test_a_second_signal_is_told_apart_from_the_first():
+    def ended(*numbers):
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+            eager(max_steps=20, callbacks=Sends("on_train_batch_end", *numbers)).fit(Scalar(), targets(0.0))
+        return ends_at_once(caught.value)
+
+    assert [ended(signal.SIGINT), ended(signal.SIGINT, signal.SIGINT)] == [False, True]
+    assert [ended(signal.SIGTERM), ended(signal.SIGINT, signal.SIGTERM)] == [False, True]
+    assert not ends_at_once(KeyboardInterrupt())

@@ -107,8 +107,6 @@ def test_arguments_that_contradict_each_other_are_both_named(given, message):
     ("name", "value"),
     [
         ("steps_per_call", 4),
-        ("precision", "bf16-mixed"),
-        ("precision", 16),
         ("deterministic", True),
         ("profiler", "simple"),
         ("strategy", "fsdp"),

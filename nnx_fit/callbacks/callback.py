@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
+    import jax
+
     from nnx_fit.module import FitModule
     from nnx_fit.programs.train_options import StepView
     from nnx_fit.trainer import Trainer
@@ -163,6 +165,20 @@ class Callback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """Arrays of the callback's own that belong in a checkpoint, by name: what `state_dict` cannot hold.
+
+        They may be live: they are copied to the host before training goes on.
+        """
+        return {}
+
+    def load_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Takes back what `arrays` gave, on the host: after `load_state_dict` in a fit that continues.
+
+        Also called, without `load_state_dict`, when `validate`, `test` or `predict` loads a checkpoint's weights. Not
+        called when the checkpoint holds none.
+        """
 
     def step_metrics(self, view: StepView) -> Mapping[str, Any]:
         """Scalars to log from inside the train program: traced once, at no cost on the host.

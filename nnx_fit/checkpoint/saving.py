@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class Loaded:
     meta: dict[str, Any]
 
 
+LOSS_SCALE = ("scale", "updates since it changed")
+
+
 class Checkpoints:
     """Saves runs and restores them; one for each Trainer."""
 
@@ -68,11 +71,16 @@ class Checkpoints:
             "global_step": run.progress.global_step,
             "epoch": run.progress.epoch,
         }
+        own = {key: found for key, callback in keyed(run.callbacks) if (found := callback.arrays())}
+        arrays |= {_group(key): found for key, found in own.items()}
+        meta["callback_arrays"] = list(own)
         if not weights_only and run.train_program is not None:
             run.ledger.drain()
             arrays["optimizer"] = contents.optimizer_arrays(run.train_program.optimizer_state)
             if run.train_program.window:
                 arrays["window"] = contents.window_arrays(run.live.layout, run.train_program.window)
+            if run.train_program.loss_scale:
+                arrays["loss_scale"] = dict(zip(LOSS_SCALE, run.train_program.loss_scale, strict=True))
             arrays["metrics"] = {"epoch": run.train_program.accumulators}
             meta |= {
                 "progress": run.progress.state_dict(),
@@ -175,15 +183,32 @@ class Checkpoints:
         program.set_optimizer_state(opt_state)
         program.restore_metrics(loaded.meta["metric_names"], np.asarray(saved["metrics"]["epoch"]))
         program.set_window(window)
+        if program.loss_scale and "loss_scale" in saved:
+            program.set_loss_scale([saved["loss_scale"][name] for name in LOSS_SCALE])
+        _restore_callbacks(saved, run)
         return loaded.meta["loader"]
 
     def restore_weights(self, loaded: Loaded | None, run: Run) -> None:
-        """Gives a module its saved arrays, and nothing else."""
+        """Gives a module, and callbacks that have some, their saved arrays, and nothing else."""
         if loaded is None:
             return
         assert run.live is not None
-        saved = load_arrays(loaded.path, ROLES)
+        wanted = {_group(key) for key, _ in keyed(run.callbacks)}
+        own = [group for key in loaded.meta.get("callback_arrays", ()) if (group := _group(key)) in wanted]
+        saved = load_arrays(loaded.path, [*ROLES, *own])
         run.live.replace(contents.restore_module(loaded.path, run.live.layout, saved))
+        _restore_callbacks(saved, run)
+
+
+def _group(key: str) -> str:
+    """Name of the group of arrays that a callback has in a checkpoint."""
+    return f"callback {key}"
+
+
+def _restore_callbacks(saved: Mapping[str, Mapping[str, Any]], run: Run) -> None:
+    for key, callback in keyed(run.callbacks):
+        if _group(key) in saved:
+            callback.load_arrays(saved[_group(key)])
 
 
 def _position(run: Run) -> Any:

@@ -51,13 +51,27 @@ def run(words: Sequence[str]) -> int:
             config_name = saved_run.primary_config(overrides)
         overrides = composition.with_missing_arguments(config_name, overrides)
         _start(command, overrides, config_name)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("Interrupted.", file=sys.stderr)
+        _leave_if_at_once(interrupt, 130)
         return 130
+    except SystemExit as ending:
+        _leave_if_at_once(ending, 143)
+        raise
     except Exception as error:
         errors.report(error, overrides, config_name)
         return 1
     return 0
+
+
+def _leave_if_at_once(error: BaseException, status: int) -> None:
+    """After a second signal nothing is waited for: writers in the background would report that they were cut off."""
+    from nnx_fit.interrupts import ends_at_once
+
+    if ends_at_once(error):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _start(command: str, overrides: Sequence[str], config_name: str) -> None:

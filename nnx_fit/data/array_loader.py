@@ -173,7 +173,8 @@ class ArrayIterator(Iterator[Any]):
             StopIteration: The epoch is over.
         """
         start, stop = self._advance()
-        if start not in self._block_rows:
+        rows = self._block_rows
+        if start not in rows or stop > rows.stop:  # also where somebody changed the loader's batch_size
             self._read_block(start)
         first = self._block_rows.start
         return [leaf[start - first : stop - first] for leaf in self._block]

@@ -48,9 +48,12 @@ class EvalLoop:
         control: Requests to stop.
         funnel: Calls hooks.
         ledger: Takes metrics.
-        programs: One program for each loader.
+        programs: Gives one program for each loader, once the hooks that begin the loop were called.
         open_batches: Opens a pass over the loader of an index.
         names: Suffix of each loader's metric names (`"dataloader_idx_1"`), empty for a single loader.
+
+    Attributes:
+        programs: Those programs.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class EvalLoop:
         control: Control,
         funnel: Funnel,
         ledger: Ledger,
-        programs: Sequence[EvalSteps],
+        programs: Callable[[], Sequence[EvalSteps]],
         open_batches: Callable[[int], Any],
         names: Sequence[str],
     ):
@@ -69,7 +72,8 @@ class EvalLoop:
         self._control = control
         self._funnel = funnel
         self._ledger = ledger
-        self._programs = programs
+        self._find_programs = programs
+        self.programs: Sequence[EvalSteps] = []
         self._open_batches = open_batches
         self._names = names
 
@@ -93,15 +97,16 @@ class EvalLoop:
         step = self._progress.global_step
         self._funnel.call(f"{self._hooks}_start")
         self._funnel.call(f"{self._hooks}_epoch_start")
+        self.programs = self._find_programs()
         rngs = None
-        for index, program in enumerate(self._programs):
+        for index, program in enumerate(self.programs):
             program.begin(step, self._progress.epoch, rngs)
             self._batches(index, program, keep)
             rngs = program.rngs
             program.finish()
         self._funnel.call(f"{self._hooks}_epoch_end")
         if record:
-            for program, name in zip(self._programs, self._names, strict=True):
+            for program, name in zip(self.programs, self._names, strict=True):
                 self._ledger.log_epoch(step, program.table, program.accumulators, renamer(name))
             logged = self._ledger.log_host_epoch("eval", step)
         else:

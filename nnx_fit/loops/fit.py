@@ -18,6 +18,7 @@ class Steps(Protocol):
     """What the loop needs of the train program."""
 
     table: Any
+    skipped: bool  # whether the last step was to update and did not
 
     @property
     def accumulators(self) -> Any:
@@ -184,11 +185,11 @@ class FitLoop:
             packed, outputs = steps.run(batch.numeric, progress.global_step + 1, updates)
             if self._on_first_step is not None:
                 self._begin()
-            step = progress.advance(updates)
+            step = progress.advance(updates, steps.skipped)
             progress.batch_idx += 1
             progress.batches += 1
             ledger.step(table, packed)
-            logs = updates and log_every and step % log_every == 0
+            logs = updates and not steps.skipped and log_every and step % log_every == 0
             if logs:
                 ledger.log_step(step)
             if step >= ends_from:

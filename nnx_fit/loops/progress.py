@@ -35,9 +35,9 @@ class Progress:
     in_epoch: bool = False
     epoch_recorded: bool = False
 
-    def advance(self, updates: bool) -> int:
-        """Counts a step that updates, or one more batch of its window; returns `global_step`."""
-        self.global_step += updates
+    def advance(self, updates: bool, skipped: bool = False) -> int:
+        """Counts a step that updates, unless it was skipped, or one more batch of its window; returns `global_step`."""
+        self.global_step += updates and not skipped
         self.window = 0 if updates else self.window + 1
         return self.global_step
 

@@ -15,11 +15,12 @@ from flax import nnx
 
 from nnx_fit.metrics.capture import MetricTable, TooManyMetrics
 from nnx_fit.metrics.reduction import accumulate, empty
+from nnx_fit.programs.precision import PRECISIONS, Precision
 from nnx_fit.programs.program import Program
 from nnx_fit.programs.step import StepResult, run_hook
 from nnx_fit.state.filters import matches
 from nnx_fit.state.graph import modules
-from nnx_fit.state.guard import Guard, by_design, report_eval, written
+from nnx_fit.state.guard import Guard, always_draws, by_design, report_eval, written
 from nnx_fit.state.layout import Layout, Slot
 from nnx_fit.state.live import Live, copied
 from nnx_fit.state.side_effects import advise_on_randomness
@@ -52,6 +53,11 @@ class EvalProgram:
         compiled: Compile, or run eagerly.
         guard: What to do about state that an eval step should not change.
         reads: Takes the names of the plain attributes that the step reads.
+        precision: What the step computes in.
+
+    Attributes:
+        graphdef: The module's graphdef in eval mode, for the next trace.
+        table: Places of the metrics.
     """
 
     def __init__(
@@ -66,12 +72,14 @@ class EvalProgram:
         compiled: bool = True,
         guard: Guard = "error",
         reads: set[str] | None = None,
+        precision: Precision = PRECISIONS["32"],
     ):
         self._reads = reads
+        self._precision = precision
         self._guard: Guard = guard
         self._stage = stage
         self._module = module
-        self._graphdef = graphdef
+        self.graphdef = graphdef
         self._live = live
         self._layout: Layout = live.layout
         self._dataloader_idx = dataloader_idx
@@ -148,7 +156,7 @@ class EvalProgram:
         slots = [slot for slot in self._mutable if issubclass(slot.type, nnx.metrics.MetricState)]
         if not slots:
             return {}
-        module = self._layout.merge(self._graphdef, arrays)
+        module = self._layout.merge(self.graphdef, arrays)
         for _, metric in modules(module, nnx.Metric):
             metric.reset()
         fresh = self._layout.arrays_of(module, step="reset")
@@ -158,7 +166,11 @@ class EvalProgram:
         """Tells of what the step wrote and should not have; notes what it may change."""
         hook, mutable = HOOKS[self._stage], {slot.start for slot in self._mutable}
         self._kept |= {i for i in self._mutable_positions if after[i] is not before[i]}
-        counts = [slot for slot in self._layout.slots if issubclass(slot.type, nnx.RngCount)]
+        counts = [
+            slot
+            for slot in self._layout.slots
+            if issubclass(slot.type, nnx.RngCount) and not always_draws(self._module, slot)
+        ]
         if not self._advised and (drawn := written(counts, before, after, again)):
             self._advised = True
             advise_on_randomness(hook, [slot.name for slot in drawn])
@@ -179,15 +191,17 @@ class EvalProgram:
         for position, value in zip(positions, scratch[:-2], strict=True):
             current[position] = value
         hook = HOOKS[self._stage]
+        current = self._precision.arrays(self._layout, current, frozenset(positions))
+        seen = self._precision.batch(batch)
 
         def step(arrays: list[Any]) -> tuple[Any, StepResult]:
-            module = self._layout.merge(self._graphdef, arrays)
+            module = self._layout.merge(self.graphdef, arrays)
             result = run_hook(
                 hook,
                 self._stage,
                 module,
                 self._module,
-                batch,
+                seen,
                 counters,
                 self._dataloader_idx,
                 guard=self._guard,
@@ -196,8 +210,10 @@ class EvalProgram:
             return module, result
 
         module, result = step(current)
-        after = self._layout.arrays_of(module, step=hook)
-        self._check(module, current, after, lambda arrays: self._layout.arrays_of(step(arrays)[0], step=hook))
+        after = self._layout.arrays_of(module, step=hook, given=current)
+        self._check(
+            module, current, after, lambda arrays: self._layout.arrays_of(step(arrays)[0], step=hook, given=current)
+        )
         packed = self.table.pack(result.metrics, result.specs)
         new_counters = counters + np.array([0, 0, 1], np.int32)
         new_scratch = [after[position] for position in positions]

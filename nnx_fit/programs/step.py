@@ -84,8 +84,12 @@ def run_hook(
     capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(size_of, module, batch, why), inputs)
     scope = StepScope(hook, stage, module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
     names = set() if reads is None else reads
-    with entered(scope), filled(module, training=stage == "train"), recorded(module, names):
-        output = _call(getattr(module, hook), batch, counters[BATCH], dataloader_idx)
+    try:
+        with entered(scope), filled(module, training=stage == "train"), recorded(module, names):
+            output = _call(getattr(module, hook), batch, counters[BATCH], dataloader_idx)
+    except BaseException:
+        attributes.restore()
+        raise
     attributes.check(hook, guard)
     return StepResult(output, capture.values(), capture.specs())
 

@@ -19,6 +19,7 @@ from nnx_fit.errors import ConfigurationError
 from nnx_fit.metrics.capture import MetricSpec, MetricTable, TooManyMetrics
 from nnx_fit.metrics.reduction import empty
 from nnx_fit.optimizers import BoundOptimizer
+from nnx_fit.programs.precision import first_scale
 from nnx_fit.programs.program import Program
 from nnx_fit.programs.train_options import TrainOptions
 from nnx_fit.programs.train_step import TrainStep
@@ -45,6 +46,11 @@ class TrainProgram:
 
     Raises:
         ConfigurationError: A trained Variable cannot be differentiated, or nothing is trained.
+
+    Attributes:
+        table: Places of the metrics.
+        skipped: Whether the last step was to update and did not, because its gradients overflowed in float16. To know
+            it the host waits for each of these steps.
     """
 
     def __init__(
@@ -57,7 +63,6 @@ class TrainProgram:
         predecessor: TrainProgram | None = None,
     ):
         self._module = module
-        self._graphdef = graphdef
         self._live = live
         self._layout = live.layout
         self._optimizer = optimizer
@@ -70,6 +75,8 @@ class TrainProgram:
         self._opt: list[Any] = copied([jnp.asarray(leaf) for leaf in leaves])
         self._window: list[Any] = []
         self._filled = False  # whether the window has batches in it
+        self._scale = copied(first_scale()) if options.precision.scaled else []
+        self.skipped = False
         self.set_counters(0, 0, 0)
         self.reset_accumulators()
         self._step = TrainStep(module, graphdef, self._layout, optimizer, self._opt_structure, self.table, options)
@@ -98,12 +105,27 @@ class TrainProgram:
             fresh = zip(self._layout.names("params"), self._empty_window()[:-2], strict=True)
             self._window = [*(_taken(known, name, zeros) for name, zeros in fresh), *rest]
         self._counters, self._accumulators = predecessor._counters, predecessor._accumulators
+        self._scale = predecessor._scale
         for mine, theirs in zip(self._programs, predecessor._programs, strict=True):
             mine.sentinel = theirs.sentinel
 
     @property
     def _programs(self) -> list[Program]:
         return [self._whole, self._closing, self._adding]
+
+    @property
+    def traced(self) -> bool:
+        """Whether a step was traced."""
+        return any(program.sentinel.causes for program in self._programs)
+
+    @property
+    def graphdef(self) -> nnx.GraphDef:
+        """The module's graphdef in train mode, for the next trace."""
+        return self._step.graphdef
+
+    @graphdef.setter
+    def graphdef(self, graphdef: nnx.GraphDef) -> None:
+        self._step.graphdef = graphdef
 
     @property
     def sentinel(self) -> Any:
@@ -127,6 +149,15 @@ class TrainProgram:
     def set_window(self, window: Sequence[Any]) -> None:
         """Takes over another window, or `[]`."""
         self._window, self._filled = copied(window) if window else [], bool(window)
+
+    @property
+    def loss_scale(self) -> list[Any]:
+        """The scale of the loss and the updates since it changed, see `precision.py`; `[]` where it is not scaled."""
+        return self._scale
+
+    def set_loss_scale(self, scale: Sequence[Any]) -> None:
+        """Takes over another scale."""
+        self._scale = copied(scale)
 
     def set_counters(self, global_step: int, epoch: int, batch_idx: int) -> None:
         """Sets what `global_step`, `current_epoch` and `batch_idx` are in the next step."""
@@ -170,19 +201,19 @@ class TrainProgram:
         program = self._program(updates)
         arrays = self._live.take()
         try:
-            carried, (packed, outputs, finite) = program([*arrays, *self._tail(program)], batch)
+            carried, (packed, outputs, finite, counted) = program([*arrays, *self._tail(program)], batch)
         except TooManyMetrics:
             self._grow()
             return self.run(batch, step, updates)
-        size, opt_end = self._layout.size, self._layout.size + len(self._opt)
-        self._live.arrays = carried[:size]
-        self._opt = carried[size:opt_end]
+        after = self._step.split(carried)
+        self._live.arrays, self._opt, self._scale = after.arrays, after.opt, after.scale
+        self._counters, self._accumulators = after.counters, after.accumulators
         if program is not self._whole:
-            self._window, self._filled = carried[opt_end:-2], not updates
-        self._counters, self._accumulators = carried[-2:]
+            self._window, self._filled = after.window, not updates
         self._in_flight.append(packed)
         if len(self._in_flight) > IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
+        self.skipped = counted is not None and not counted
         if finite is not None:
             self._step.health.raise_if_ill(finite, step)
         return packed, outputs
@@ -198,7 +229,7 @@ class TrainProgram:
 
     def _tail(self, program: Program) -> list[Any]:
         window = [] if program is self._whole else self._window
-        return [*self._opt, *window, self._counters, self._accumulators]
+        return [*self._opt, *window, *self._scale, self._counters, self._accumulators]
 
     def _empty_window(self) -> list[Any]:
         return empty_window(jax.tree.leaves(self._layout.state("params", self._live.arrays)), self.table.capacity)

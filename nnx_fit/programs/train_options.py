@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from nnx_fit.options import ClipAlgorithm
+from nnx_fit.programs.precision import PRECISIONS, Precision
 from nnx_fit.state.guard import Guard
 
 
@@ -47,6 +48,7 @@ class TrainOptions:
         monitors: Functions of a `StepView` that give metrics.
         clip: Limit on the gradients, or `None`.
         clip_algorithm: What the limit is of: the global norm, or each value.
+        precision: What steps compute in.
     """
 
     compiled: bool = True
@@ -57,3 +59,4 @@ class TrainOptions:
     monitors: tuple[Callable[[StepView], Mapping[str, Any]], ...] = ()
     clip: float | None = None
     clip_algorithm: ClipAlgorithm = "norm"
+    precision: Precision = PRECISIONS["32"]

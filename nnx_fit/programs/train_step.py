@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from nnx_fit.metrics.reduction import accumulate, with_latest
 from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.programs import window as windows
 from nnx_fit.programs.health import Health
+from nnx_fit.programs.precision import all_finite, kept_unless, next_scale
 from nnx_fit.programs.step import STEP, StepResult, loss_of, overrides_gradients, run_hook, run_on_gradients, size_of
 from nnx_fit.programs.train_options import StepView, TrainOptions
 from nnx_fit.programs.update import clipped, updated
@@ -45,6 +46,29 @@ class Logged:
             self.values[name], self.specs[name] = result.metrics[name], spec
 
 
+class Carried(NamedTuple):
+    """What goes from step to step.
+
+    Attributes:
+        arrays: The module's arrays.
+        opt: The arrays of the optimizer's state.
+        window: The accumulation window, see `window.py`; empty if the step has none.
+        scale: The scale of the loss, see `precision.py`; empty if it has none.
+        counters: `global_step`, epoch and batch index, int32 of shape `(3,)`.
+        accumulators: The epoch's metrics.
+    """
+
+    arrays: list[Any]
+    opt: list[Any]
+    window: list[Any]
+    scale: list[Any]
+    counters: Any
+    accumulators: Any
+
+
+_STEPS, _BATCHES = np.array([1, 0, 0], np.int32), np.array([0, 0, 1], np.int32)
+
+
 class TrainStep:
     """The traced function of a train program.
 
@@ -61,6 +85,7 @@ class TrainStep:
         options: What to compile for.
 
     Attributes:
+        graphdef: The module's graphdef in train mode, for the next trace.
         health: Checks and names values that are not finite.
     """
 
@@ -75,7 +100,7 @@ class TrainStep:
         options: TrainOptions,
     ):
         self._module = module
-        self._graphdef = graphdef
+        self.graphdef = graphdef
         self._layout = layout
         self._optimizer = optimizer
         self._opt_structure = opt_structure
@@ -95,12 +120,24 @@ class TrainStep:
         """A step that adds its gradients to a window and updates nothing but the other state."""
         return self._step(carried, batch, windowed=True, updates=False)
 
+    def split(self, carried: Sequence[Any]) -> Carried:
+        """The parts of the flat list that a step takes and returns."""
+        opt_start = self._layout.size
+        window_start = opt_start + self._opt_structure.num_leaves
+        scale_start = len(carried) - 2 - 2 * self._options.precision.scaled
+        return Carried(
+            list(carried[:opt_start]),
+            list(carried[opt_start:window_start]),
+            list(carried[window_start:scale_start]),
+            list(carried[scale_start:-2]),
+            carried[-2],
+            carried[-1],
+        )
+
     def _step(self, carried: list[Any], batch: Any, *, windowed: bool, updates: bool) -> tuple[list[Any], Any]:
-        layout = self._layout
-        arrays, tail = carried[: layout.size], carried[layout.size :]
-        opt_count = self._opt_structure.num_leaves
-        opt_leaves, window, (counters, accumulators) = tail[:opt_count], tail[opt_count:-2], tail[-2:]
-        loss, grads, after, logged, extras = self._backward(arrays, batch, counters)
+        layout, scaled = self._layout, self._options.precision.scaled
+        arrays, opt_leaves, window, scale, counters, accumulators = self.split(carried)
+        loss, grads, after, logged, extras = self._backward(arrays, batch, counters, scale)
         batch_names, size = list(logged.values), None
         if windowed:
             leaves, structure = jax.tree.flatten(grads)
@@ -108,14 +145,22 @@ class TrainStep:
             window = windows.with_gradients(window, leaves, size)
             if updates:
                 grads = jax.tree.unflatten(structure, windows.mean_gradients(window, leaves))
-        params = layout.state("params", self._updated_from(arrays, after))
+        before = layout.state("params", self._updated_from(arrays, after))
+        params, counted = before, None
         if updates:
             grads, after = self._on_gradients(grads, after, counters, logged)
-            params, opt_leaves = self._update(grads, opt_leaves, params, counters, logged)
+            params, new_opt_leaves = self._update(grads, opt_leaves, before, counters, logged)
+            if scaled:
+                counted = all_finite(grads)
+                params = jax.tree.map(lambda new, old: jnp.where(counted, new, old), params, before)
+                new_opt_leaves = kept_unless(counted, new_opt_leaves, opt_leaves)
+                after = self._statistics_unless(counted, after, arrays)
+                scale = next_scale(scale, counted)
+            opt_leaves = new_opt_leaves
         packed = self._table.pack(logged.values, logged.specs)
         new_arrays = layout.put("params", after, params)
         finite = self._finite(loss, logged.values, grads, new_arrays) if self._options.detect_nonfinite else None
-        new_counters = counters + np.array([int(updates), 0, 1], np.int32)
+        new_counters = counters + _BATCHES + _STEPS * (int(updates) if counted is None else counted.astype(jnp.int32))
         new_accumulators = accumulate(accumulators, packed, self._table)
         if windowed:
             window = windows.with_metrics(window, packed, self._table.are(batch_names), size)
@@ -123,30 +168,60 @@ class TrainStep:
                 packed, window = windows.mean_metrics(window, packed), windows.emptied(window)
         packed = with_latest(packed, new_accumulators)
         outputs = {"loss": loss, **extras} if self._options.outputs else None
-        return [*new_arrays, *opt_leaves, *window, new_counters, new_accumulators], (packed, outputs, finite)
+        carried = [*new_arrays, *opt_leaves, *window, *scale, new_counters, new_accumulators]
+        return carried, (packed, outputs, finite, counted)
 
-    def _backward(self, arrays: list[Any], batch: Any, counters: Any) -> tuple[Any, Any, list[Any], Logged, Any]:
+    def _backward(
+        self, arrays: list[Any], batch: Any, counters: Any, scale: list[Any]
+    ) -> tuple[Any, Any, list[Any], Logged, Any]:
         """Loss and gradients of a batch, the arrays after the step, what it logged and returned beside the loss."""
-        layout, logged = self._layout, Logged()
+        layout, logged, precision = self._layout, Logged(), self._options.precision
+        seen = precision.batch(batch)
 
-        def forward(arrays: list[Any]) -> tuple[StepResult, list[Any]]:
-            module = layout.merge(self._graphdef, arrays)
+        def forward(given: list[Any]) -> tuple[StepResult, list[Any]]:
+            module = layout.merge(self.graphdef, given)
             watch = {"guard": self._options.guard, "reads": self._options.reads}
-            result = run_hook("training_step", "train", module, self._module, batch, counters, **watch)
-            return result, layout.arrays_of(module, step="training_step")
+            result = run_hook("training_step", "train", module, self._module, seen, counters, **watch)
+            return result, layout.arrays_of(module, step="training_step", given=given)
 
         def objective(params: nnx.State) -> tuple[jax.Array, Any]:
-            given = layout.put("params", arrays, params)
+            exact = layout.put("params", arrays, params)
+            given = precision.arrays(layout, exact)
             result, after = forward(given)
+            if own := self._written_frozen(given, exact, after, forward):
+                # What a step writes itself, such as the mean of a target network, is too fine for a short dtype.
+                given = precision.arrays(layout, exact, own)
+                result, after = forward(given)
             loss, extras = loss_of(result.output, params, type(self._module).__name__)
             self._check_written(given, after, lambda arrays: forward(arrays)[1])
             logged.specs.update(result.specs)
-            return loss, (after, result.metrics, extras)
+            if precision.compute is not None:
+                loss = loss.astype(jnp.float32)
+            after = precision.restored(arrays, given, after)
+            return loss * scale[0] if scale else loss, (loss, after, result.metrics, extras)
 
-        found, grads = jax.value_and_grad(objective, has_aux=True)(layout.state("params", arrays))
-        loss, (after, metrics, extras) = found
+        (_, found), grads = jax.value_and_grad(objective, has_aux=True)(layout.state("params", arrays))
+        loss, after, metrics, extras = found
         logged.values.update(metrics)
+        if scale:
+            grads = jax.tree.map(lambda gradient: (gradient / scale[0]).astype(gradient.dtype), grads)
         return loss, grads, after, logged, extras
+
+    def _written_frozen(
+        self, given: list[Any], exact: list[Any], after: list[Any], forward: Callable[[list[Any]], Any]
+    ) -> frozenset[int]:
+        """Positions of frozen arrays that the step sees in a short dtype and writes."""
+        short = {i for i, (one, other) in enumerate(zip(given, exact, strict=True)) if one is not other}
+        frozen = [slot for slot in self._layout.slots if slot.role == "frozen" and slot.start in short]
+        found = written(frozen, given, after, lambda arrays: forward(arrays)[1]) if frozen else []
+        return frozenset(i for slot in found for i in range(slot.start, slot.stop))
+
+    def _statistics_unless(self, finite: jax.Array, new: list[Any], old: list[Any]) -> list[Any]:
+        """The arrays with the running statistics of a step whose gradients overflowed as they were."""
+        kept = list(new)
+        for i in self._layout.positions("stats"):
+            kept[i] = jnp.where(finite, new[i], old[i])
+        return kept
 
     def _on_gradients(
         self, grads: nnx.State, after: list[Any], counters: Any, logged: Logged
@@ -154,7 +229,7 @@ class TrainStep:
         """What the user's `on_gradients` makes of the gradients, and of the module's other state."""
         if not overrides_gradients(self._module):
             return grads, after
-        module = self._layout.merge(self._graphdef, after)
+        module = self._layout.merge(self.graphdef, after)
         result = run_on_gradients(module, self._module, grads, counters)
         logged.add(result)
         return result.output, self._layout.arrays_of(module, step="on_gradients")

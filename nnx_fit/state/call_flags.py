@@ -15,8 +15,9 @@ from typing import Any
 
 from flax import nnx
 
+from nnx_fit.state import bridged
 from nnx_fit.state.graph import modules
-from nnx_fit.state.modes import MODE_MARK
+from nnx_fit.state.modes import mark_of
 
 # Parameter names and their value in train mode; eval mode has the opposite.
 FLAGS = {
@@ -43,9 +44,14 @@ def filled(module: nnx.Module, training: bool) -> Iterator[None]:
     with _TRACING:
         patched: list[tuple[type, Any]] = []
         try:
+            thread = threading.get_ident()
             for cls, call, positions in _flagged_classes(module):
                 patched.append((cls, call))
-                type.__setattr__(cls, "__call__", _filling(call, positions, training, threading.get_ident()))
+                type.__setattr__(cls, "__call__", _filling(call, positions, training, thread))
+            if any(bridged.is_bridged(node) for _, node in modules(module)):
+                call = vars(bridged.Bridged)["__call__"]
+                patched.append((bridged.Bridged, call))
+                type.__setattr__(bridged.Bridged, "__call__", _filling_bridged(call, training, thread))
             yield
         finally:
             for cls, call in reversed(patched):
@@ -100,6 +106,26 @@ def _filling(call: Any, positions: dict[str, int | None], training: bool, thread
     return __call__
 
 
+def _filling_bridged(call: Any, training: bool, thread: int) -> Callable[..., Any]:
+    """The same for a Linen module in NNX, whose flags are those of the Linen method that it is to call."""
+
+    @functools.wraps(call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it takes the place of one
+        if threading.get_ident() != thread:
+            return call(self, *args, **kwargs)
+        mode = _mode(self, training)
+        missing: dict[str, Any] = {
+            name: FLAGS[name] if mode else not FLAGS[name]
+            for name, position in _flag_positions(bridged.method_of(self, kwargs.get("method"))).items()
+            if name not in kwargs and (position is None or position > len(args)) and not bridged.has_field(self, name)
+        }
+        if mode and kwargs.get("mutable") is None and (collections := bridged.collections_of(self)):
+            missing["mutable"] = collections
+        return call(self, *args, **{**kwargs, **missing})
+
+    return __call__
+
+
 def _inlined(call: Any) -> Callable[..., Any]:
     """The Python function inside a jitted `__call__`: in a trace it does the same, and the flag stays a Python bool."""
     while not inspect.isfunction(call) and hasattr(call, "__wrapped__"):
@@ -112,21 +138,42 @@ def _value(layer: Any, name: str, training: bool) -> bool:
     own = vars(layer).get(name)
     if isinstance(own, bool):
         return own
-    mode = vars(layer).get(MODE_MARK, training)
-    return FLAGS[name] if mode else not FLAGS[name]
+    return FLAGS[name] if _mode(layer, training) else not FLAGS[name]
 
 
-def flags_of(cls: type) -> list[str]:
-    """The flags that a class's `__call__` takes."""
-    call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
-    return list(_flag_positions(call)) if call is not None else []
+def _mode(layer: Any, training: bool) -> bool:
+    return vars(layer).get(mark_of(layer), training)
 
 
-def unknown_flags(cls: type) -> list[str]:
-    """The parameters of a class's `__call__` with a default that is a bool, other than the flags filled in here."""
-    call = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
+def flags_of(layer: nnx.Module) -> list[str]:
+    """The flags that a layer's `__call__` takes."""
+    return list(_flag_positions(_call_of(layer)))
+
+
+def flagged_methods(layer: nnx.Module) -> list[tuple[str, str, str]]:
+    """The methods other than `__call__` that take a flag: name, flag, and what to pass for it."""
+    return [
+        (name, flag, "self.training" if FLAGS[flag] else "not self.training")
+        for cls in type(layer).__mro__
+        if not _is_flax(cls) and cls.__module__.split(".")[0] != "nnx_fit"
+        for name, method in vars(cls).items()
+        if inspect.isfunction(method) and not name.startswith("__")
+        for flag in _flag_positions(method)
+    ]
+
+
+def unknown_flags(layer: nnx.Module) -> list[str]:
+    """The parameters of a layer's `__call__` with a default that is a bool, other than the flags filled in here."""
+    call = _call_of(layer)
     try:
         parameters = inspect.signature(call).parameters.values() if call is not None else ()
     except (TypeError, ValueError):
         return []
     return [p.name for p in parameters if isinstance(p.default, bool) and p.name not in FLAGS]
+
+
+def _call_of(layer: nnx.Module) -> Any:
+    """The `__call__` of a layer as its class has it, or that of the Linen module in it; `None` if there is none."""
+    if bridged.is_bridged(layer):
+        return bridged.method_of(layer)
+    return next((vars(base)["__call__"] for base in type(layer).__mro__ if "__call__" in vars(base)), None)

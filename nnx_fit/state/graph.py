@@ -62,8 +62,16 @@ def _is_tracer(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def modules(module: Any, kind: type = nnx.Module) -> Iterator[tuple[Path, Any]]:
-    """Every module, or node of another kind, once, with the first path that leads to it, parents before children."""
+def is_layer(node: Any) -> bool:
+    """Whether a node is a module, or an `nnx.Pytree` that somebody wrote as one."""
+    if isinstance(node, nnx.Module):
+        return True
+    own = type(node).__module__.split(".")[0] != "flax" and not isinstance(node, nnx.Rngs | nnx.RngStream)
+    return own and isinstance(node, nnx.Pytree)
+
+
+def modules(module: Any, kind: type | None = None) -> Iterator[tuple[Path, Any]]:
+    """Every layer, or node of another kind, once, with the first path that leads to it, parents before children."""
     seen: set[int] = set()
     stack: list[tuple[Path, Any]] = [((), module)]
     while stack:
@@ -71,7 +79,7 @@ def modules(module: Any, kind: type = nnx.Module) -> Iterator[tuple[Path, Any]]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if isinstance(node, kind):
+        if is_layer(node) if kind is None else isinstance(node, kind):
             yield path, node
         stack.extend(
             ((*path, key), child) for key, child in reversed(children(node)) if not isinstance(child, nnx.Variable)

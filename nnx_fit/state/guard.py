@@ -2,7 +2,7 @@
 
 What a step wrote shows for free: its output is not the object that went in. Nested transforms (`jit`, `remat`, `scan`,
 `cond`) replace every object and prove nothing, so where objects differ the step's jaxpr tells whether the output is the
-forwarded input. A compiled step pays nothing for any of this.
+forwarded input (`state/forwarding.py`). A compiled step pays nothing for any of this.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.extend.core import Literal
 
 from nnx_fit.errors import StateError
-from nnx_fit.state import graph
-from nnx_fit.state.call_flags import flags_of
+from nnx_fit.state import bridged, graph
+from nnx_fit.state.call_flags import flagged_methods, flags_of
+from nnx_fit.state.forwarding import Frame
 from nnx_fit.state.layout import Slot
 from nnx_fit.state.modes import ATTRIBUTES
 
@@ -47,69 +47,19 @@ def written(
     if not differing:
         return []
     abstract = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in before]
-    jaxpr = jax.make_jaxpr(again)(abstract).jaxpr
-    changed = [slot for slot, i in differing if not _is_input(jaxpr, jaxpr.outvars[i], jaxpr.invars[i])]
+    traced = Frame(jax.make_jaxpr(again)(abstract))
+    changed = [slot for slot, i in differing if not traced.forwards(i)]
     return list({slot.start: slot for slot in changed}.values())
-
-
-def _is_input(jaxpr: Any, output: Any, input_: Any) -> bool:
-    """Whether a jaxpr's output is one of its inputs, handed through unchanged."""
-    producers = {var: (equation, i) for equation in jaxpr.eqns for i, var in enumerate(equation.outvars)}
-    current = output
-    while current is not input_:
-        if isinstance(current, Literal) or current not in producers:
-            return False
-        equation, index = producers[current]
-        source = _source(equation, index)
-        if source is None:
-            return False
-        current = equation.invars[source]
-    return True
-
-
-def _source(equation: Any, index: int) -> int | None:
-    """Which operand of an equation its output `index` is, unchanged; `None` if it is computed."""
-    name, parameters = equation.primitive.name, equation.params
-    if name in ("copy", "copy_p", "optimization_barrier", "sharding_constraint"):
-        return index
-    if name == "cond":
-        sources = {_inner_source(branch.jaxpr, index) for branch in parameters["branches"]}
-        source = sources.pop() if len(sources) == 1 else None
-        return None if source is None else source + 1  # the first operand chooses the branch
-    if name == "while":
-        body = parameters["body_jaxpr"].jaxpr
-        constants, skipped = parameters["body_nconsts"], parameters["cond_nconsts"]
-        source = _inner_source(body, index)
-        return skipped + constants + index if source == constants + index else None
-    if name == "scan":
-        return _scan_source(parameters, index)
-    inner = parameters.get("jaxpr") or parameters.get("call_jaxpr") or parameters.get("fun_jaxpr")
-    return None if inner is None else _inner_source(getattr(inner, "jaxpr", inner), index)
-
-
-def _scan_source(parameters: Any, index: int) -> int | None:
-    body = parameters["jaxpr"].jaxpr
-    constants, carry = parameters["num_consts"], parameters["num_carry"]
-    source = _inner_source(body, index)
-    if source is None:
-        return None
-    if index < carry:
-        return source if source == constants + index else None
-    # A slice of each step put together again is the whole, read in the same order.
-    return source if source >= constants + carry else None
-
-
-def _inner_source(jaxpr: Any, index: int) -> int | None:
-    output = jaxpr.outvars[index]
-    for position, variable in enumerate(jaxpr.invars):
-        if _is_input(jaxpr, output, variable):
-            return position
-    return None
 
 
 def by_design(module: nnx.Module, slot: Slot) -> bool:
     """Whether a Variable belongs to a layer of Flax's own that overwrites it in every call."""
     return any(isinstance(owner, WRITES_BY_DESIGN) for owner in _owners(module, slot.path))
+
+
+def always_draws(module: nnx.Module, slot: Slot) -> bool:
+    """Whether a stream belongs to a Linen module in NNX, which draws a key of each in every call, used or not."""
+    return any(bridged.is_bridged(owner) for owner in _owners(module, slot.path))
 
 
 def report_eval(module: nnx.Module, slots: Sequence[Slot], hook: str, guard: Guard) -> None:
@@ -126,32 +76,48 @@ def report_eval(module: nnx.Module, slots: Sequence[Slot], hook: str, guard: Gua
     """
     kinds = {"params": "parameter", "frozen": "parameter", "stats": "running statistic"}
     one = kinds[slots[0].role] if len({kinds[slot.role] for slot in slots}) == 1 else "Variable"
-    layers = list(dict.fromkeys(graph.path_name(slot.path[:-1]) for slot in slots))
-    where = f"`{layers[0]}`" if len(layers) == 1 else f"`{layers[0]}` and {len(layers) - 1} more"
-    noun = "layer" if len(layers) == 1 else "layers"
-    owner = _owners(module, slots[0].path)[-1]
+    alike = [slot for slot in slots if slot.role == slots[0].role]
+    layers = list(dict.fromkeys(graph.path_name(slot.path[:-1]) for slot in alike))
+    who = f"The layer{'s' if layers[1:] else ''} `{layers[0]}`" if layers[0] else "The module itself"
+    who += f" and {len(layers) - 1} more" if layers[1:] else ""
     if slots[0].role != "stats":
         cause = f"{_stage(hook).capitalize()} must leave the model as it is, and these were assigned in the step."
         fix = "assign them in training_step (frozen ones) or in a hook such as on_train_batch_end."
-    elif any(name in vars(owner) for name in ATTRIBUTES):
-        cause = (
-            f"The {noun} {where} ran in training mode during {_stage(hook)}, so evaluation data leaked into the model."
-        )
-        fix = "pass `use_running_average=not self.training`, or let the module follow train()/eval()."
-    elif flags := flags_of(type(owner)):
-        cause = (
-            f"The {noun} {where} ({type(owner).__name__}) was told to train by an explicit `{flags[0]}`, so evaluation "
-            "data leaked into the model."
-        )
-        fix = f"leave `{flags[0]}` out of the call: it is filled in for the mode."
     else:
-        cause = (
-            f"The {noun} {where} ({type(owner).__name__}) wrote without looking at the mode, so evaluation data leaked "
-            "into the model."
-        )
-        fix = "take a `train` argument in `__call__` and write only when it is True, or name it in `eval_mutable`."
+        why, fix = _cause(_owners(module, slots[0].path)[-1], _stage(hook))
+        cause = f"{who}{why}, so evaluation data leaked into the model."
     names = ", ".join(slot.name for slot in slots)
     _say(f"{hook} changed {_count(len(slots), one)}:\n    {names}\n{cause}\nFix: {fix}\n", guard)
+
+
+def _cause(owner: Any, stage: str) -> tuple[str, str]:
+    """Why a layer wrote its statistics in an evaluation, as the end of a sentence about it, and what to do."""
+    name = bridged.name_of(owner)
+    if any(mode in vars(owner) for mode in ATTRIBUTES if mode != "training"):
+        return (
+            f" ran in training mode during {stage}",
+            "pass `use_running_average=not self.training`, or let the module follow train()/eval().",
+        )
+    if flags := flags_of(owner):
+        return (
+            f" ({name}) was told to train by an explicit `{flags[0]}`, or wrote in spite of it",
+            f"leave `{flags[0]}` out of the call: it is filled in for the mode; write only `if` it says training.",
+        )
+    if flagged := flagged_methods(owner):
+        method, flag, value = flagged[0]
+        return (
+            f" ({name}) has `{flag}` in `{method}`, but only that of `__call__` is filled in",
+            f"pass `{flag}={value}` to `{method}`, or take `{flag}` in `__call__` and hand it on.",
+        )
+    if isinstance(getattr(owner, "training", None), bool):
+        return (
+            f" ({name}) wrote in spite of its `training`",
+            "write only `if self.training`, which train() and eval() set, or name it in `eval_mutable`.",
+        )
+    return (
+        f" ({name}) wrote without looking at the mode",
+        "take a `train` argument in `__call__` and write only when it is True, or name it in `eval_mutable`.",
+    )
 
 
 def report_train(slots: Sequence[Slot], guard: Guard) -> None:
@@ -191,6 +157,6 @@ def _owners(module: nnx.Module, path: graph.Path) -> list[nnx.Module]:
     node: Any = module
     for key in path[:-1]:
         node = dict(graph.children(node))[key]
-        if isinstance(node, nnx.Module):
+        if graph.is_layer(node):
             owners.append(node)
     return owners

@@ -189,12 +189,13 @@ class Layout:
         """The slots that satisfy a predicate."""
         return [slot for slot in self.slots if predicate(slot)]
 
-    def arrays_of(self, module: nnx.Module, *, step: str) -> list[Any]:
+    def arrays_of(self, module: nnx.Module, *, step: str, given: Sequence[Any] | None = None) -> list[Any]:
         """The flat list of a module's arrays after a step ran on it.
 
         Args:
             module: A module merged from this layout.
             step: The hook that ran, for messages.
+            given: The flat list it was merged with, where its dtypes are not the layout's.
 
         Raises:
             StateError: A Variable was added, removed, or changed its structure or shape.
@@ -210,9 +211,8 @@ class Layout:
                     f"    was {slot.sketch}\n    is  {sketch(raw_value(leaf))}\n"
                     "A compiled step is built for one structure. Fix: keep its keys, types and plain entries the same."
                 )
-            arrays.extend(
-                _like(value, shape, slot.name, step) for value, shape in zip(values, slot.shapes, strict=True)
-            )
+            expected = slot.shapes if given is None or any(slot.impls) else given[slot.start : slot.stop]
+            arrays.extend(_like(value, like, slot.name, step) for value, like in zip(values, expected, strict=True))
         return arrays
 
     def merge(self, graphdef: nnx.GraphDef, arrays: Sequence[Any]) -> Any:
@@ -252,7 +252,7 @@ def _shape(value: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _like(value: Any, shape: jax.ShapeDtypeStruct, name: str, step: str) -> Any:
+def _like(value: Any, shape: Any, name: str, step: str) -> Any:
     """The value as the program's next call expects it: same shape and dtype, never weakly typed."""
     if jnp.shape(value) != shape.shape:
         raise StateError(
@@ -277,32 +277,3 @@ def _check_same_leaves(expected: Sequence[graph.Path], found: Sequence[graph.Pat
         "A compiled step carries a fixed set of Variables; this one would be lost after the step.\n"
         "Fix: create Variables in `__init__` (or `setup`), and use `self.log` or a return value instead of `self.sow`."
     )
-
-
-def describe_change(old: nnx.GraphDef, new: nnx.GraphDef, old_layout: Layout, new_layout: Layout) -> str:
-    """What differs between two states of one module, for a message.
-
-    Args:
-        old: Its graphdef before.
-        new: Its graphdef after.
-        old_layout: Its layout before.
-        new_layout: Its layout after.
-    """
-    roles = [{slot.name: slot.role for slot in layout.slots} for layout in (old_layout, new_layout)]
-    changes = [
-        f"{verb} {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
-        for verb, names in (
-            ("added", [name for name in roles[1] if name not in roles[0]]),
-            ("removed", [name for name in roles[0] if name not in roles[1]]),
-            *(
-                (f"{role} now has", [n for n, r in roles[1].items() if r == role and roles[0].get(n, role) != role])
-                for role in ROLES
-            ),
-        )
-        if names
-    ]
-    if changes:
-        return ", ".join(changes)
-    keys_ = [new_key for (_, a), (new_key, b) in zip(old.attributes, new.attributes, strict=False) if a != b]
-    own = [str(key) for key in keys_ if not str(key).startswith("_pytree__")]
-    return f"attribute {', '.join(dict.fromkeys(own))}" if own else "its structure"

@@ -160,7 +160,7 @@ class Live:
 
     def _check_same_variables(self) -> None:
         """Refuses a Variable that a hook replaced or removed; comparing who holds whom is what every call pays."""
-        if all(attributes.get(name) is child for attributes, name, child in self._edges):
+        if all(_held(holder, name) is child for holder, name, child in self._edges):
             return
         now = {id(leaf) for _, leaf in graph.flatten(self._module)[1]}
         for slot, variable in zip(self.layout.slots, self._variables, strict=True):
@@ -212,12 +212,28 @@ class _Pytree:
         return all(mine is theirs for mine, theirs in zip(self.parts[1:], other.parts[1:], strict=True))
 
 
-def _edges(module: nnx.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Which attribute of which object holds which Variable or object: (attributes, name, held)."""
-    for _, node in graph.modules(module):
-        for name, child in vars(node).items():
-            if isinstance(child, nnx.Variable | nnx.Pytree):
-                yield vars(node), name, child
+def _edges(module: nnx.Module) -> Iterator[tuple[dict[Any, Any] | list[Any], Any, Any]]:
+    """Who holds which Variable, object or container of them: (attributes or container, name or place, held)."""
+    for _, node in graph.modules(module, nnx.Pytree):
+        data = node._pytree__nodes
+        yield from _below(vars(node), [(name, child) for name, child in vars(node).items() if data.get(name, False)])
+
+
+def _below(holder: Any, items: list[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, Any]]:
+    for name, child in items:
+        if isinstance(child, nnx.Variable | nnx.Pytree):
+            yield holder, name, child
+        elif isinstance(child, dict | list | tuple):
+            inside = list(_below(child, list(child.items() if isinstance(child, dict) else enumerate(child))))
+            yield from inside
+            if inside:
+                yield holder, name, child
+
+
+def _held(holder: Any, name: Any) -> Any:
+    if isinstance(holder, dict):
+        return holder.get(name)
+    return holder[name] if name < len(holder) else None
 
 
 @jax.jit

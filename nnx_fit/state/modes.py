@@ -15,6 +15,7 @@ from typing import Any
 from flax import nnx
 
 from nnx_fit.errors import ConfigurationError
+from nnx_fit.state import bridged
 from nnx_fit.state.graph import Path, forget_attribute, modules, path_name
 
 # Attribute names and their value in train mode; eval mode has the opposite.
@@ -74,12 +75,17 @@ def marked(module: nnx.Module, training: bool, eval_modules: Sequence[str] = ())
     """Marks every module with the mode it runs in while a graphdef is taken."""
     nodes = [(path, node) for path, node in modules(module) if not isinstance(node, nnx.List | nnx.Dict)]
     for path, node in nodes:
-        setattr(node, MODE_MARK, training and not kept_in_eval(path, eval_modules))
+        setattr(node, mark_of(node), training and not kept_in_eval(path, eval_modules))
     try:
         yield
     finally:
         for _, node in nodes:
-            forget_attribute(node, MODE_MARK)
+            forget_attribute(node, mark_of(node))
+
+
+def mark_of(node: Any) -> str:
+    """The name of the mark on a module."""
+    return bridged.own_name(MODE_MARK) if bridged.is_bridged(node) else MODE_MARK
 
 
 def kept_in_eval(path: Path, eval_modules: Sequence[str]) -> bool:

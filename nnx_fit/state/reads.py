@@ -17,6 +17,9 @@ from nnx_fit.state.modes import ATTRIBUTES
 
 _MISSING = object()
 
+# What the Trainer itself reads of a module.
+_SETTINGS = {"trainable", "eval_modules", "eval_mutable"}
+
 # Set by the Trainer for each stage; never a change of the module.
 MODES = {*ATTRIBUTES, "_training"}
 
@@ -61,15 +64,26 @@ def plain_attributes(module: nnx.Module) -> dict[graph.Path, Any]:
     Lists, dicts and sets are copied, so that a later change in place shows.
     """
     return {
-        (*path, name): value.copy() if isinstance(value, list | dict | set) else value
+        (*path, name): copied(value)
         for path, node in graph.modules(module)
         for name, value in graph.static_attributes(node).items()
         if name not in MODES
     }
 
 
+def copied(value: Any) -> Any:
+    """A value whose lists, dicts and sets are its own, at every depth."""
+    if isinstance(value, list | set):
+        return type(value)(map(copied, value)) if type(value) in (list, set) else value.copy()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return tuple(map(copied, value)) if type(value) is tuple else value
+
+
 def matters(module: nnx.Module, path: graph.Path, reads: set[str]) -> bool:
     """Whether a step may depend on the attribute at a path: it was read, or it belongs to one of Flax's layers."""
+    if len(path) == 1 and path[0] in _SETTINGS:
+        return True
     owner: Any = module
     for key in path[:-1]:
         owner = dict(graph.children(owner))[key]

@@ -246,3 +246,13 @@ def test_a_position_set_between_two_batches_of_a_block_is_followed():
     assert [leaf.tolist() for leaf in iterator.next_leaves()] == first
     iterator.set_state({**state, "epoch": 1})
     assert [leaf.tolist() for leaf in iterator.next_leaves()] != first
+
+
+def test_another_batch_size_in_the_middle_of_a_block_loses_no_row(monkeypatch):
+    monkeypatch.setattr(array_loader, "BLOCK_BYTES", 64)  # four batches
+    loader = make(9, 2)
+    iterator = iter(loader)
+    found = [iterator.next_leaves()[0].tolist()]
+    loader.batch_size = 3
+    found += [leaves[0].tolist() for leaves in leaves_of(iterator)]
+    assert found == [[0, 1], [2, 3, 4], [5, 6, 7], [8]]

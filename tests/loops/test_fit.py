@@ -313,6 +313,8 @@ def test_should_stop_in_validation_ends_the_run_after_it():
 class CountingSteps:
     """A train program that only counts, for the loop's own arithmetic."""
 
+    skipped = False
+
     def __init__(self):
         self.table = MetricTable()
         self.accumulators = None

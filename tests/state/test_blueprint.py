@@ -57,7 +57,7 @@ CHANGES = {
 def test_every_kind_of_change_shows(change):
     net = Net(nnx.Rngs(0))
     blueprint = Blueprint(net, net.trainable)
-    assert blueprint.intact(net.trainable) and blueprint.newly_changed() == []
+    assert blueprint.intact(net.trainable) and blueprint.newly_changed() == ([], False)
     change(net)
     assert not blueprint.intact(net.trainable)
 
@@ -75,7 +75,7 @@ def test_values_modes_and_a_round_trip_do_not_show():
     saved = set_mode(net, False)
     assert blueprint.intact(net.trainable)
     saved.restore()
-    assert blueprint.intact(net.trainable) and blueprint.newly_changed() == []
+    assert blueprint.intact(net.trainable) and blueprint.newly_changed() == ([], False)
 
 
 def test_plain_attributes_that_differ_are_named():
@@ -90,13 +90,13 @@ def test_a_change_is_new_once_and_known_afterwards():
     net = Net(nnx.Rngs(0))
     blueprint = Blueprint(net, net.trainable)
     net.count = 1
-    assert blueprint.newly_changed() == [("count",)]
-    assert blueprint.newly_changed() == []
+    assert blueprint.newly_changed() == ([("count",)], False)
+    assert blueprint.newly_changed() == ([], False)
     assert not blueprint.intact(net.trainable) and blueprint.changed() == [("count",)]
     net.count, net.layers[0].scale = 2, 3.0
-    assert set(blueprint.newly_changed()) == {("count",), ("layers", 0, "scale")}
+    assert set(blueprint.newly_changed()[0]) == {("count",), ("layers", 0, "scale")}
     net.count = 0
-    assert blueprint.newly_changed() == []  # back to what programs were built from
+    assert blueprint.newly_changed() == ([], False)  # back to what programs were built from
 
 
 def test_what_cannot_be_compared_counts_as_changed_rather_than_failing():

@@ -164,6 +164,22 @@ def test_classes_are_restored_after_an_exception_and_after_nesting():
         Base()(0)
 
 
+def test_a_layer_that_is_a_pytree_and_no_module_is_filled_too():
+    class Layer(nnx.Pytree):
+        def __call__(self, x, train):
+            return train
+
+    class Holder(nnx.Module):
+        def __init__(self):
+            self.layer, self.rngs = Layer(), nnx.Rngs(0)
+
+    holder = Holder()
+    for training in (True, False):
+        with filled(holder, training), marked(holder, training):
+            assert holder.layer(1.0) is training
+            assert list(vars(holder.rngs)) == list(vars(nnx.Rngs(0)))
+
+
 def test_flax_layers_are_not_touched():
     classes = (nnx.BatchNorm, nnx.Dropout, nnx.MultiHeadAttention)
     before = calls_of(*classes)

@@ -382,3 +382,155 @@ def test_dropout_that_draws_nothing_in_evaluation_is_not_advised_on(transform, c
     with caplog.at_level("INFO", "nnx_fit"):
         quiet().validate(nested(transform)(rngs=nnx.Rngs(0)), loader())
     assert "draws random numbers" not in caplog.text
+
+
+# --- correct in unusual words -----------------------------------------------------------------------------------------
+
+
+def mixed(self, x):
+    return 0.9 * self.mean[...] + 0.1 * x.mean(0)
+
+
+def with_where(self, x, train):
+    self.mean[...] = jnp.where(train, mixed(self, x), self.mean[...])
+
+
+def with_an_array_flag(self, x, train):
+    self.mean[...] = jnp.where(jnp.logical_not(jnp.asarray(not train)), mixed(self, x), self.mean[...])
+
+
+def with_cond(self, x, train):
+    self.mean[...] = jax.lax.cond(train, lambda: mixed(self, x), lambda: self.mean[...])
+
+
+def with_switch(self, x, train):
+    self.mean[...] = jax.lax.switch(int(train), [lambda: self.mean[...], lambda: mixed(self, x)])
+
+
+def with_select(self, x, train):
+    self.mean[...] = jax.lax.select(jnp.full(8, train), mixed(self, x), self.mean[...])
+
+
+def with_stop_gradient(self, x, train):
+    self.mean[...] = jax.lax.stop_gradient(mixed(self, x) if train else self.mean[...])
+
+
+WORDINGS = [with_where, with_an_array_flag, with_cond, with_switch, with_select, with_stop_gradient]
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit, nnx.remat], ids=["plain", "jit", "remat"])
+def test_a_write_that_the_flag_turns_off_is_no_change(wording, transform):
+    class Layer(LeakyNorm):
+        def __call__(self, x, train):
+            transform(lambda layer, x: wording(layer, x, train))(self, x)
+            return x - self.mean[...]
+
+    module = WithLayer(Layer(8), rngs=nnx.Rngs(0))
+    run(module)
+    assert np.abs(module.layer.mean[...]).sum() > 0
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_the_same_write_with_the_flag_on_is_an_error(wording):
+    class Layer(LeakyNorm):
+        def __call__(self, x, train):
+            wording(self, x, True)
+            return x - self.mean[...]
+
+    with pytest.raises(nf.StateError, match=r"layer\.mean\n.*or wrote in spite of it.*\nFix: .*write only `if`"):
+        run(WithLayer(Layer(8), rngs=nnx.Rngs(0)))
+
+
+def test_layers_stacked_along_another_axis_raise_nothing():
+    axes = nnx.StateAxes({nnx.RngState: 0, ...: 1})
+
+    class Along(Stacked):
+        def __init__(self, *, rngs):
+            super().__init__(rngs=rngs)
+
+            @nnx.split_rngs(splits=3)
+            @nnx.vmap(in_axes=0, out_axes=axes)
+            def make(rngs):
+                return nnx.Sequential(nnx.Linear(8, 8, use_bias=False, rngs=rngs), nnx.BatchNorm(8, rngs=rngs))
+
+            self.layers = make(rngs)
+
+        def __call__(self, x):
+            forward = nnx.scan(lambda layer, x: layer(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+            return self.head(forward(self.layers, x))
+
+    module = Along(rngs=nnx.Rngs(0))
+    assert module.layers.layers[1].mean.shape == (8, 3)
+    run(module)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_of_another_method_is_named_with_what_to_pass():
+    class Encoder(LeakyNorm):
+        def encode(self, x, train=True):
+            return LeakyNorm.__call__(self, x) if train else x
+
+        def __call__(self, x):
+            return self.encode(x)
+
+    fix = r"has `train` in `encode`.*\nFix: pass `train=self\.training` to `encode`"
+    with pytest.raises(nf.StateError, match=fix):
+        run(WithLayer(Encoder(8), rngs=nnx.Rngs(0)))
+
+
+def test_only_the_layers_of_the_cause_are_counted():
+    class Both(Regressor):
+        def validation_step(self, batch):
+            self.head.kernel[...] *= 2
+            self.blocks[0].norm(batch["x"], use_running_average=False)
+            super().validation_step(batch)
+
+    message = r"changed 3 Variables:\n.*\nThe layer `blocks\.0\.norm` ran in training mode"
+    with pytest.raises(nf.StateError, match=message):
+        run(Both(rngs=nnx.Rngs(0)))
+
+
+class Node(nnx.Pytree):
+    """A layer that is no `nnx.Module`."""
+
+    def __init__(self):
+        self.mean = nnx.Variable(jnp.zeros(8))
+        self.training = False
+
+    def __call__(self, x, train):
+        assert train == self.training
+        if train:
+            self.mean[...] = x.mean(0)
+        return x
+
+
+def test_a_layer_that_is_a_pytree_has_modes_and_is_named():
+    module = WithLayer(Node(), rngs=nnx.Rngs(0))
+    run(module)
+    assert np.abs(module.layer.mean[...]).sum() > 0
+    assert module.layer.training is False
+
+    class Leaky(Node):
+        def __call__(self, x):
+            self.mean[...] = x.mean(0)
+            return x
+
+    message = r"The layer `layer` \(Leaky\) wrote in spite of its `training`.*\nFix: write only `if self\.training`"
+    with pytest.raises(nf.StateError, match=message):
+        run(WithLayer(Leaky(), rngs=nnx.Rngs(0)))
+
+
+def test_a_variable_of_the_modules_own_is_told_of_the_modules_mode():
+    class Counts(Regressor):
+        def loss(self, batch):
+            self.calls[...] += 1
+            return super().loss(batch)
+
+    module = Counts(rngs=nnx.Rngs(0))
+    module.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+    message = r"\n    calls\nThe module itself \(Counts\) wrote.*\nFix: write only `if self\.training`"
+    with pytest.raises(nf.StateError, match=message):
+        run(module)

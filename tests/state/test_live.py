@@ -274,6 +274,31 @@ def test_replacing_a_variable_or_a_layer_in_a_hook_is_not_ignored():
             quiet(max_steps=3, callbacks=Each(replace)).fit(Cell(), batches(3))
 
 
+class Contained(Cell):
+    """Variables in plain containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.named = nnx.data({"a": nnx.Variable(jnp.zeros(()))})
+        self.nested = nnx.data([{"b": nnx.Variable(jnp.zeros(()))}])
+
+
+@pytest.mark.parametrize(
+    ("replace", "name"),
+    [
+        (lambda module, new: module.named.update(a=new), r"named\.a"),
+        (lambda module, new: setattr(module, "named", nnx.data({"a": new})), r"named\.a"),
+        (lambda module, new: module.nested[0].update(b=new), r"nested\.0\.b"),
+        (lambda module, new: module.nested.__setitem__(0, {"b": new}), r"nested\.0\.b"),
+        (lambda module, new: module.nested.clear(), r"nested\.0\.b"),
+    ],
+)
+def test_replacing_a_variable_in_a_plain_container_is_not_ignored(replace, name):
+    hook = Each(lambda module, index: replace(module, nnx.Variable(jnp.ones(()))))
+    with pytest.raises(StateError, match=f"`{name}` was replaced or removed"):
+        quiet(max_steps=3, callbacks=hook).fit(Contained(), batches(3))
+
+
 def test_an_attribute_that_a_hook_adds_is_left_alone():
     def add(module, index):
         module.note, module.last, module.extra = index, jnp.ones(3), nnx.Variable(jnp.ones(3))

@@ -131,6 +131,43 @@ def test_shared_rngs_are_one_pair_of_leaves():
     assert list(roles(Shared(nnx.Rngs(0))).values()) == ["rngs", "rngs"]
 
 
+class Embedder(nf.FitModule):
+    """A tied embedding, a cache, an intermediate, and layers that a scan made."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(5, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 5, rngs=rngs)
+        self.table = self.embed.embedding
+        self.attention = nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=True)
+        self.attention.init_cache((1, 3, 4))
+        self.hidden = nnx.Intermediate(jnp.zeros(2))
+        self.layers = scanned(jnp.arange(3))
+
+
+@nnx.scan(in_axes=0, out_axes=0)
+def scanned(seed: jax.Array):
+    return nnx.BatchNorm(4, rngs=nnx.Rngs(jax.random.key(seed)))
+
+
+def test_caches_intermediates_ties_and_scanned_layers_have_one_role_each():
+    module = Embedder(rngs=nnx.Rngs(0))
+    rows = {row.path: row for row in nf.partition(module).rows}
+    kinds = {path: (row.role, row.type) for path, row in rows.items() if not path.startswith(("attention.", "head."))}
+    assert kinds == {
+        "embed.embedding": ("params", "Param"),
+        "hidden": ("stats", "Intermediate"),
+        "layers.bias": ("params", "Param"),
+        "layers.mean": ("stats", "BatchStat"),
+        "layers.scale": ("params", "Param"),
+        "layers.var": ("stats", "BatchStat"),
+    }
+    caches = {path: row.role for path, row in rows.items() if row.type == "Cache"}
+    assert caches == {f"attention.{name}": "stats" for name in ("cache_index", "cached_key", "cached_value")}
+    assert rows["layers.mean"].shape == "(3, 4)"
+    module.freeze("table")
+    assert {row.path for row in nf.partition(module).rows if row.role == "frozen"} == {"embed.embedding"}
+
+
 # --- trainable -------------------------------------------------------------------------------------------------------
 
 

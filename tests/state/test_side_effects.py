@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import deque
+from typing import Any
 
 import pytest
 from flax import nnx
@@ -94,3 +97,105 @@ def test_an_ordinary_module_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(Noting(rngs=nnx.Rngs(0)))
+
+
+# --- where values hide ------------------------------------------------------------------------------------------------
+
+
+class Box:
+    """An object of the user's that holds something."""
+
+    def __init__(self):
+        self.value: Any = "before"
+
+
+def hiding(write: Any, **held: Any) -> Any:
+    """A module that holds values as they are and writes to them in its training step."""
+
+    class Hiding(Regressor):
+        def training_step(self, batch):
+            write(self, batch["x"])
+            return super().training_step(batch)
+
+    module = Hiding(rngs=nnx.Rngs(0))
+    for name, value in held.items():
+        setattr(module, name, nnx.static(value))
+    return module
+
+
+FILLED = {
+    "a list in a dict": ({"a": []}, lambda held, value: held["a"].append(value), {"a": []}),
+    "a dict in a tuple": (({},), lambda held, value: held[0].update(a=value), ({},)),
+    "a deque": (deque([1]), lambda held, value: held.append(value), deque([1])),
+    "a list": ([1], lambda held, value: held.append(value), [1]),
+}
+
+
+@pytest.mark.parametrize("name", ["record", "_record"])
+@pytest.mark.parametrize("kind", FILLED)
+def test_a_container_that_a_step_fills_is_named_and_emptied_wherever_it_is(kind, name):
+    held, fill, before = FILLED[kind]
+    module = hiding(lambda self, x: fill(getattr(self, name), "a text"), **{name: copy.deepcopy(held)})
+    with pytest.warns(StateWarning, match=rf"changed the attribute `{name}`"):
+        fit(module)
+    assert getattr(module, name) == before
+    module = hiding(lambda self, x: fill(getattr(self, name), x), **{name: copy.deepcopy(held)})
+    with pytest.raises(nf.StateError, match=rf"kept a traced value in `{name}`"):
+        fit(module)
+    assert getattr(module, name) == before
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda self, x: setattr(self, "_last", x), "_last"),
+        (lambda self, x: setattr(self.blocks[0], "_last", {"x": (x,)}), r"blocks\.0\._last"),
+        (lambda self, x: setattr(self.box, "value", x), r"box\.value"),
+        (lambda self, x: setattr(self.box, "other", [x]), r"box\.other"),
+    ],
+)
+def test_a_traced_value_is_found_under_private_names_and_in_objects(write, name):
+    box = Box()
+    with pytest.raises(nf.StateError, match=rf"kept a traced value in `{name}`"):
+        fit(hiding(write, box=box))
+    assert vars(box) == {"value": "before"}
+
+
+def test_a_private_counter_and_a_deleted_attribute_are_warned_of():
+    module = hiding(lambda self, x: setattr(self, "_calls", self._calls + 1), _calls=0)
+    with pytest.warns(StateWarning, match="`_calls`"):
+        fit(module)
+    with pytest.warns(StateWarning, match="`note`"):
+        fit(hiding(lambda self, x: delattr(self, "note"), note="text"))
+
+
+def test_a_table_made_on_demand_an_objects_own_business_and_a_mode_are_not_warned_of():
+    def write(self, x):
+        self._table = (1, 2)
+        self._new = "made"
+        self.box.value = "after"
+        self.blocks[0].eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(hiding(write, _table=None, box=Box()))
+
+
+def test_a_layer_made_in_a_step_is_one_error_and_no_warnings():
+    module = hiding(lambda self, x: setattr(self, "extra", nnx.Linear(1, 1, rngs=nnx.Rngs(0))))
+    with warnings.catch_warnings(), pytest.raises(nf.StateError, match=r"added extra\.bias, extra\.kernel"):
+        warnings.simplefilter("error")
+        fit(module)
+
+
+def test_a_step_that_fails_leaves_no_traced_value_behind():
+    def write(self, x):
+        self.record["a"].append(x)
+        self.box.value = x
+        raise RuntimeError("in the step")
+
+    module, box = hiding(write, record={"a": []}), Box()
+    module.box = nnx.static(box)
+    with pytest.raises(RuntimeError, match="in the step"):
+        fit(module)
+    assert (module.record, vars(box)) == ({"a": []}, {"value": "before"})
