@@ -17,10 +17,13 @@ _HOMES = {
     "CheckpointError": "nnx_fit.errors",
     "ConfigurationError": "nnx_fit.errors",
     "DataModule": "nnx_fit.data.datamodule",
+    "DeviceStatsMonitor": "nnx_fit.callbacks.device_stats_monitor",
     "EarlyStopping": "nnx_fit.callbacks.early_stopping",
     "FitModule": "nnx_fit.module",
     "GradientAccumulationScheduler": "nnx_fit.callbacks.gradient_accumulation_scheduler",
+    "GradientMonitor": "nnx_fit.callbacks.gradient_monitor",
     "History": "nnx_fit.metrics.history",
+    "LambdaCallback": "nnx_fit.callbacks.lambda_callback",
     "LearningRateMonitor": "nnx_fit.callbacks.learning_rate_monitor",
     "Logger": "nnx_fit.loggers.logger",
     "ModelCheckpoint": "nnx_fit.callbacks.model_checkpoint",
@@ -32,6 +35,8 @@ _HOMES = {
     "StateError": "nnx_fit.errors",
     "StatePartition": "nnx_fit.state.partition",
     "TensorBoardLogger": "nnx_fit.loggers.tensorboard",
+    "ThroughputMonitor": "nnx_fit.callbacks.throughput_monitor",
+    "Timer": "nnx_fit.callbacks.timer",
     "Trainer": "nnx_fit.trainer",
     "VariableMonitor": "nnx_fit.callbacks.variable_monitor",
     "instantiate": "nnx_fit.instantiation",
@@ -41,14 +46,19 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from nnx_fit.callbacks.callback import Callback as Callback
+    from nnx_fit.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from nnx_fit.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from nnx_fit.callbacks.gradient_accumulation_scheduler import (
         GradientAccumulationScheduler as GradientAccumulationScheduler,
     )
+    from nnx_fit.callbacks.gradient_monitor import GradientMonitor as GradientMonitor
+    from nnx_fit.callbacks.lambda_callback import LambdaCallback as LambdaCallback
     from nnx_fit.callbacks.learning_rate_monitor import LearningRateMonitor as LearningRateMonitor
     from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from nnx_fit.callbacks.model_summary import ModelSummary as ModelSummary
     from nnx_fit.callbacks.progress_bar import RichProgressBar as RichProgressBar
+    from nnx_fit.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
+    from nnx_fit.callbacks.timer import Timer as Timer
     from nnx_fit.callbacks.variable_monitor import VariableMonitor as VariableMonitor
     from nnx_fit.data.array_loader import ArrayLoader as ArrayLoader
     from nnx_fit.data.datamodule import DataModule as DataModule

@@ -12,8 +12,9 @@ from nnx_fit import scope
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.data.sources import Source
 from nnx_fit.errors import StateError
-from nnx_fit.loops.evaluate import HOOK_STAGE, EvalLoop
-from nnx_fit.loops.funnel import Funnel
+from nnx_fit.hooks import ModuleHooks
+from nnx_fit.loops.evaluate import HOOK_STAGE, EvalLoop, renamer
+from nnx_fit.loops.funnel import LOGGING_HOOKS, Funnel, overrides
 from nnx_fit.loops.progress import Control, Progress
 from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.optimizers import BoundOptimizer
@@ -104,6 +105,7 @@ class Run:
         # What `peek` found last: who asks at every step, asks for the same.
         self._selection: tuple[Live | None, Any, list[tuple[str, Slot]]] = (None, None, [])
         self._reads: set[str] = set()
+        self._validated: list[tuple[Any, str]] = []
         self.open = False
 
     @contextmanager
@@ -291,7 +293,37 @@ class Run:
         )
         with self.staged("sanity" if sanity is not None else stage):
             logged = loop.run(record=sanity is None, keep=keep, recorded=recorded)
+        if stage == "validate":
+            self._validated = [(program.table, name) for program, name in zip(loop.programs, source.names, strict=True)]
         return Evaluation(loop.programs, source.names, logged)
+
+    @property
+    def has_validated(self) -> bool:
+        """Whether a validation, such as the sanity check, was traced."""
+        return bool(self._validated)
+
+    def all_metric_names(self) -> set[str] | None:
+        """Every name under which a fit's metrics are recorded, once a step and a validation were traced.
+
+        Returns:
+            `None` where that cannot be known: host hooks of the user's may log whatever they like, at any time.
+        """
+        program, hooks = self.train_program, list(LOGGING_HOOKS)
+        own = [callback for callback in self.callbacks if type(callback).__module__.split(".")[0] != "nnx_fit"]
+        listens = any(overrides(self.module, hook, ModuleHooks) for hook in hooks)
+        if (
+            program is None
+            or not program.traced
+            or listens
+            or any(overrides(c, h, Callback) for c in own for h in hooks)
+        ):
+            return None
+        specs = [(spec, "") for spec in program.table.specs]
+        specs += [(spec, name) for table, name in self._validated for spec in table.specs]
+        found = {spec.name for spec, _ in specs}
+        return found | {
+            renamer(suffix)(name) for spec, suffix in specs for name in (spec.name, spec.step_name, spec.epoch_name)
+        }
 
     def show(self) -> None:
         """Brings the module's Variables up to date.

@@ -169,7 +169,7 @@ class TrainerViews:
     def compilations(self) -> list[str]:
         """Why the train program was compiled, each time."""
         program = self._run.train_program if self._run is not None else None
-        return list(program.sentinel.causes) if program is not None else []
+        return program.compilations if program is not None else []
 
     @property
     def layout(self) -> Layout | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from nnx_fit.callbacks.monitor import check_monitored
 from nnx_fit.data.sources import Source
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.interrupts import end_with, watched
@@ -211,6 +212,12 @@ def train(run: Run, source: Source, plan: ValidationPlan, resumed_pass: Any, on_
     assert run.train_program is not None
     pending = [resumed_pass]
 
+    def first_step_made() -> None:
+        names = run.all_metric_names() if plan.run is None or run.has_validated else None
+        if names is not None:
+            check_monitored(run.callbacks, names)
+        on_first_step()
+
     def open_batches() -> Any:
         state, pending[0] = pending[0], None
         if state is not None and not run.progress.in_epoch:
@@ -235,7 +242,7 @@ def train(run: Run, source: Source, plan: ValidationPlan, resumed_pass: Any, on_
             run.train_program,
             open_batches,
             plan,
-            on_first_step,
+            first_step_made,
             refreshed=refreshed,
         ).run()
 

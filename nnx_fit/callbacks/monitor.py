@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnx_fit.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from nnx_fit.callbacks.callback import Callback
     from nnx_fit.trainer import Trainer
 
 Mode = Literal["min", "max"]
@@ -53,6 +55,22 @@ def validates_once_per_epoch(trainer: Trainer) -> bool:
     interval = trainer.options.val_check_interval
     # As an int it counts batches: 1 is a validation after every one of them.
     return isinstance(interval, float) and interval == 1.0 and trainer.options.check_val_every_n_epoch == 1
+
+
+def check_monitored(callbacks: Sequence[Callback], names: Collection[str]) -> None:
+    """Refuses a monitored metric that nothing logs.
+
+    Args:
+        callbacks: Callbacks, of which those with a `monitor` are looked at.
+        names: Every name that is logged.
+
+    Raises:
+        ConfigurationError: A monitored one is not among them.
+    """
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in names and getattr(callback, "strict", True):
+            raise missing_metric(type(callback).__name__, monitor, list(names))
 
 
 def missing_metric(owner: str, monitor: str, logged: list[str]) -> ConfigurationError:

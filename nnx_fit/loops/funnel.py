@@ -125,11 +125,11 @@ class Funnel:
 
     def _find(self, hook: str) -> list[_Listener]:
         listeners = [
-            self._listener(callback, hook) for callback in self._callbacks if _overrides(callback, hook, Callback)
+            self._listener(callback, hook) for callback in self._callbacks if overrides(callback, hook, Callback)
         ]
         order: tuple[Phase, ...] = ("before", "decide", "save")
         listeners.sort(key=lambda listener: order.index(listener.phase))
-        if _overrides(self._module, hook, ModuleHooks):
+        if overrides(self._module, hook, ModuleHooks):
             first_after = sum(1 for listener in listeners if listener.phase == "before")
             listeners.insert(first_after, _Listener("before", True, getattr(self._module, hook), None))
         return listeners
@@ -141,7 +141,7 @@ class Funnel:
         return _Listener(callback.phase, callback.reads_module, call, pauses)
 
 
-def _overrides(owner: Any, hook: str, base: type) -> bool:
+def overrides(owner: Any, hook: str, base: type) -> bool:
     """Whether an object has a hook of its own, on its class or on the instance."""
     if not hasattr(owner, hook):
         return False

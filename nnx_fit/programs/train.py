@@ -90,7 +90,8 @@ class TrainProgram:
 
     def rebuilt(self, graphdef: nnx.GraphDef, live: Live, cause: str) -> TrainProgram:
         """The program for a module that a hook changed, with what this one has learned."""
-        self.sentinel.expect(cause)
+        for program in self._programs:
+            program.sentinel.expect(cause)
         return TrainProgram(self._module, graphdef, live, self._optimizer, self._options, self)
 
     def _take_over(self, predecessor: TrainProgram) -> None:
@@ -128,9 +129,9 @@ class TrainProgram:
         self._step.graphdef = graphdef
 
     @property
-    def sentinel(self) -> Any:
-        """Counts and explains the compilations of the step that updates."""
-        return self._whole.sentinel if self._whole.sentinel.causes else self._closing.sentinel
+    def compilations(self) -> list[str]:
+        """Why each of its compilations happened: those of the step that updates, then of the one that accumulates."""
+        return [cause for program in self._programs for cause in program.sentinel.causes]
 
     @property
     def optimizer_state(self) -> Any:

@@ -249,8 +249,14 @@ class TrainStep:
             learning_rates={} if rate is None else {self._optimizer.name: rate},
             step=counters[STEP],
         )
+        own = set(logged.specs)
         for monitor in self._options.monitors:
             for name, value in monitor(view).items():
+                if name in own:
+                    raise ConfigurationError(
+                        f"{name!r} is logged by the step and by a callback of this run.\n"
+                        "Fix: rename yours in self.log, or leave out the callback."
+                    )
                 logged.values[name] = (scalar(name, value), jnp.float32(1))
                 logged.specs[name] = make_spec(name, (True, False))
         return made.params, made.opt_leaves

@@ -225,9 +225,20 @@ def test_a_metric_that_is_watched_but_never_logged_lists_those_that_are(callback
         def validation_step(self, batch):
             self.log("val/loss", batch["target"].mean())
 
-    trainer = everything_on(tmp_path, callbacks=callback, logger=False)
+    trainer = everything_on(tmp_path / "run", callbacks=callback)
     with pytest.raises(nf.ConfigurationError, match=rf"(?s){name}\(monitor='val/los'\).*Did you mean 'val/loss'.*Fix"):
         trainer.fit(Validates(), targets(1), targets(2))
+    assert trainer.global_step <= 1 and not any(tmp_path.rglob("events.*")) and not any(tmp_path.rglob("last*"))
+
+
+def test_a_metric_that_a_host_hook_logs_later_may_be_watched(tmp_path):
+    class LogsLater(Scalar):
+        def on_train_epoch_end(self):
+            self.log("later", 1.0)
+
+    trainer = everything_on(tmp_path, callbacks=nf.ModelCheckpoint(monitor="later"), logger=False)
+    trainer.fit(LogsLater(), targets(1, 2))
+    assert trainer.checkpoint_callback is not None and trainer.checkpoint_callback.best_model_score == 1.0
 
 
 @pytest.mark.parametrize(

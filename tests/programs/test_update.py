@@ -139,3 +139,16 @@ def test_a_step_that_adds_a_variable_in_on_gradients_is_an_error():
 
     with pytest.raises(nf.StateError, match=r"(?s)on_gradients.*added extra"):
         trained(Adds())
+
+
+def test_a_name_logged_by_the_step_and_by_a_callback_is_an_error():
+    class Logs(Slope):
+        def training_step(self, batch):
+            self.log("lr", 1.0)
+            return super().training_step(batch)
+
+        def configure_optimizers(self):
+            return nf.OptimizerSpec(optax.sgd, schedule=0.1)
+
+    with pytest.raises(ConfigurationError, match=r"'lr' is logged by the step and by a callback"):
+        trained(Logs(), callbacks=nf.LearningRateMonitor())
