@@ -12,12 +12,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArrayLoader": "nnx_fit.data.array_loader",
+    "BackboneFinetuning": "nnx_fit.callbacks.backbone_finetuning",
+    "BasePredictionWriter": "nnx_fit.callbacks.prediction_writer",
     "CSVLogger": "nnx_fit.loggers.csv",
     "Callback": "nnx_fit.callbacks.callback",
     "CheckpointError": "nnx_fit.errors",
     "ConfigurationError": "nnx_fit.errors",
     "DataModule": "nnx_fit.data.datamodule",
     "DeviceStatsMonitor": "nnx_fit.callbacks.device_stats_monitor",
+    "EMAWeights": "nnx_fit.callbacks.ema_weights",
     "EarlyStopping": "nnx_fit.callbacks.early_stopping",
     "FitModule": "nnx_fit.module",
     "GradientAccumulationScheduler": "nnx_fit.callbacks.gradient_accumulation_scheduler",
@@ -31,6 +34,7 @@ _HOMES = {
     "NnxFitError": "nnx_fit.errors",
     "NonFiniteError": "nnx_fit.errors",
     "OptimizerSpec": "nnx_fit.optimizers",
+    "ProfilerCallback": "nnx_fit.callbacks.profiler",
     "RichProgressBar": "nnx_fit.callbacks.progress_bar",
     "StateError": "nnx_fit.errors",
     "StatePartition": "nnx_fit.state.partition",
@@ -45,9 +49,11 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from nnx_fit.callbacks.backbone_finetuning import BackboneFinetuning as BackboneFinetuning
     from nnx_fit.callbacks.callback import Callback as Callback
     from nnx_fit.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from nnx_fit.callbacks.early_stopping import EarlyStopping as EarlyStopping
+    from nnx_fit.callbacks.ema_weights import EMAWeights as EMAWeights
     from nnx_fit.callbacks.gradient_accumulation_scheduler import (
         GradientAccumulationScheduler as GradientAccumulationScheduler,
     )
@@ -56,6 +62,8 @@ if TYPE_CHECKING:
     from nnx_fit.callbacks.learning_rate_monitor import LearningRateMonitor as LearningRateMonitor
     from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from nnx_fit.callbacks.model_summary import ModelSummary as ModelSummary
+    from nnx_fit.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
+    from nnx_fit.callbacks.profiler import ProfilerCallback as ProfilerCallback
     from nnx_fit.callbacks.progress_bar import RichProgressBar as RichProgressBar
     from nnx_fit.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
     from nnx_fit.callbacks.timer import Timer as Timer
