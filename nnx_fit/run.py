@@ -12,9 +12,8 @@ from nnx_fit import scope
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.data.sources import Source
 from nnx_fit.errors import StateError
-from nnx_fit.hooks import ModuleHooks
 from nnx_fit.loops.evaluate import HOOK_STAGE, EvalLoop, renamer
-from nnx_fit.loops.funnel import LOGGING_HOOKS, Funnel, overrides
+from nnx_fit.loops.funnel import Funnel
 from nnx_fit.loops.progress import Control, Progress
 from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.optimizers import BoundOptimizer
@@ -25,10 +24,10 @@ from nnx_fit.programs.train import TrainProgram
 from nnx_fit.programs.train_options import TrainOptions
 from nnx_fit.state import graph
 from nnx_fit.state.blueprint import Blueprint
-from nnx_fit.state.filters import matches, with_edits_of
-from nnx_fit.state.layout import Slot
+from nnx_fit.state.filters import with_edits_of
 from nnx_fit.state.live import Live
 from nnx_fit.state.modes import set_mode
+from nnx_fit.state.peek import Peek
 from nnx_fit.state.reads import matters
 from nnx_fit.state.side_effects import warn_of_untoggled_modes
 
@@ -102,8 +101,7 @@ class Run:
         self._blueprint: Blueprint | None = None
         self._eval_programs: dict[tuple[str, int], EvalProgram] = {}
         self._rebuilds = 0
-        # What `peek` found last: who asks at every step, asks for the same.
-        self._selection: tuple[Live | None, Any, list[tuple[str, Slot]]] = (None, None, [])
+        self._peek = Peek()
         self._reads: set[str] = set()
         self._validated: list[tuple[Any, str]] = []
         self.open = False
@@ -308,15 +306,8 @@ class Run:
         Returns:
             `None` where that cannot be known: host hooks of the user's may log whatever they like, at any time.
         """
-        program, hooks = self.train_program, list(LOGGING_HOOKS)
-        own = [callback for callback in self.callbacks if type(callback).__module__.split(".")[0] != "nnx_fit"]
-        listens = any(overrides(self.module, hook, ModuleHooks) for hook in hooks)
-        if (
-            program is None
-            or not program.traced
-            or listens
-            or any(overrides(c, h, Callback) for c in own for h in hooks)
-        ):
+        program = self.train_program
+        if program is None or not program.traced or self.funnel.may_log():
             return None
         specs = [(spec, "") for spec in program.table.specs]
         specs += [(spec, name) for table, name in self._validated for spec in table.specs]
@@ -342,20 +333,7 @@ class Run:
         """The live arrays of the Variables that a filter matches, by path; the next step donates them."""
         if self.live is None:
             return {}
-        arrays = self.live.collect()
-        if self._selection[0] is not self.live or self._selection[1] is not selector:
-            pairs = zip(self.live.layout.slots, self.live.leaves, strict=True)
-            slots = [slot for slot, leaf in pairs if matches(selector, slot.aliases, leaf)]
-            self._selection = (self.live, selector, [(slot.name, slot) for slot in slots])
-        found: dict[str, Any] = {}
-        for name, slot in self._selection[2]:
-            if slot.single:
-                found[name] = arrays[slot.start]
-                continue
-            values = slot.typed(arrays[slot.start : slot.stop])
-            several = len(values) > 1
-            found |= {f"{name}[{i}]" if several else name: value for i, value in enumerate(values)}
-        return found
+        return self._peek(self.live, selector)
 
     def _eval_program(self, stage: str, index: int, keep: bool) -> EvalProgram:
         if (stage, index) not in self._eval_programs:

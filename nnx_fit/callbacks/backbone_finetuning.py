@@ -64,6 +64,8 @@ class BackboneFinetuning(Callback):
         >>> trainer = nf.Trainer(max_epochs=5, callbacks=finetuning, logger=False)
     """
 
+    logs = False
+
     def __init__(
         self,
         unfreeze_backbone_at_epoch: int = 10,

@@ -41,11 +41,13 @@ class Callback:
         phase: When the callback's hooks run relative to the others: `"before"` the module's own hook (default), or
             after it to `"decide"` whether to go on, or last of all to `"save"`.
         reads_module: Whether the callback's hooks may read or write the module's Variables.
+        logs: Whether its hooks may call `module.log`; `False` lets a mistyped `monitor` show at the first step.
         paused_until: `global_step` from which on an `on_train_batch_end` marked as `pausing` is called again.
     """
 
     phase: ClassVar[Phase] = "before"
     reads_module: bool = True
+    logs: ClassVar[bool] = True
     paused_until: int = 0
 
     def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:

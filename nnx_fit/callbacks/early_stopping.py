@@ -48,6 +48,7 @@ class EarlyStopping(Callback):
 
     phase: ClassVar[Phase] = "decide"
     reads_module = False
+    logs = False
 
     def __init__(
         self,

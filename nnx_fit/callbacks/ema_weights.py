@@ -61,6 +61,7 @@ class EMAWeights(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0, *, use_for_eval: bool = True):
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:

@@ -35,6 +35,7 @@ class GradientAccumulationScheduler(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, scheduling: Mapping[int, int]):
         if not isinstance(scheduling, Mapping) or not scheduling:

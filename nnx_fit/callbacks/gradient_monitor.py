@@ -46,6 +46,7 @@ class GradientMonitor(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, norm_type: float | str = 2.0, per_layer: bool = False):
         self.norm_type = _norm_type(norm_type)

@@ -22,6 +22,7 @@ class LearningRateMonitor(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, logging_interval: str | None = None):
         if logging_interval not in (None, "step"):

@@ -60,6 +60,7 @@ class ModelCheckpoint(Callback):
 
     phase: ClassVar[Phase] = "save"
     reads_module = False
+    logs = False
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class ModelSummary(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, max_depth: int = -1, *, max_rows: int = 40):
         self.max_depth = whole_number("ModelSummary", "max_depth", max_depth, least=-1)

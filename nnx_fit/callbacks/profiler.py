@@ -48,6 +48,7 @@ class ProfilerCallback(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, start_step: int = 10, num_steps: int = 5, dirpath: str | Path | None = None):
         self.start_step = whole_number("ProfilerCallback", "start_step", start_step)

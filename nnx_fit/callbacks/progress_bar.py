@@ -31,6 +31,7 @@ class RichProgressBar(Callback):
     # After EarlyStopping and the like have looked at the epoch's metrics, so that they have arrived.
     phase: ClassVar[Phase] = "decide"
     reads_module = False
+    logs = False
 
     def __init__(self, refresh_rate: int = 1, *, leave: bool = False, log_interval: float = 30.0):
         self.refresh_rate = whole_number("RichProgressBar", "refresh_rate", refresh_rate)

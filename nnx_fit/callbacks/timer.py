@@ -50,6 +50,7 @@ class Timer(Callback):
 
     phase: ClassVar[Phase] = "decide"
     reads_module = False
+    logs = False
 
     def __init__(
         self,

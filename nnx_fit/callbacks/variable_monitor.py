@@ -56,6 +56,7 @@ class VariableMonitor(Callback):
     """
 
     reads_module = False
+    logs = False
 
     def __init__(self, every_n_steps: int | None = None, include: Any = None, params: bool = False):
         if every_n_steps is not None:

@@ -94,6 +94,14 @@ class Funnel:
             self.hook = outer
         return results
 
+    def may_log(self) -> bool:
+        """Whether anybody listens to a hook in which `self.log` works and may use it there."""
+        if any(overrides(self._module, hook, ModuleHooks) for hook in LOGGING_HOOKS):
+            return True
+        # A subclass outside of this package may log whatever it likes.
+        own = [each for each in self._callbacks if each.logs or type(each).__module__.split(".")[0] != "nnx_fit"]
+        return any(overrides(callback, hook, Callback) for callback in own for hook in LOGGING_HOOKS)
+
     def log_defaults(self, name: str, on_step: bool | None = None) -> tuple[bool, bool]:
         """How `self.log` in the current hook records by default.
 

@@ -316,3 +316,10 @@ def test_an_uncompiled_step_makes_the_same_mistakes_clear(tmp_path):
         make, data, message = BAD[case]
         with pytest.raises(nf.ConfigurationError, match=f"(?s){message}"):
             everything_on(tmp_path, logger=False, enable_checkpointing=False, jit=False).fit(make(), data)
+
+
+def test_a_metric_that_a_callback_logs_later_may_be_watched(tmp_path):
+    watch = nf.ModelCheckpoint(monitor="throughput/steps_per_second", mode="max")
+    trainer = everything_on(tmp_path, callbacks=[nf.ThroughputMonitor(), watch], logger=False, log_every_n_steps=1)
+    trainer.fit(Scalar(), targets(1, 2, 3, 4))
+    assert watch.best_model_score is not None and watch.best_model_score > 0
