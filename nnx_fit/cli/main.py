@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -25,7 +26,14 @@ from nnx_fit.cli.overrides import COMMANDS, rewrite, split_command
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+    except SystemExit:
+        _ignore_signals()
+        raise
+    if status == 130:
+        _ignore_signals()
+    sys.exit(status)
 
 
 def run(words: Sequence[str]) -> int:
@@ -62,6 +70,13 @@ def run(words: Sequence[str]) -> int:
         errors.report(error, overrides, config_name)
         return 1
     return 0
+
+
+def _ignore_signals() -> None:
+    """The run is over: one more Ctrl-C would only break off the interpreter's own end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _leave_if_at_once(error: BaseException, status: int) -> None:

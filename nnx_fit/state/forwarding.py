@@ -120,7 +120,7 @@ class Frame:
         return skipped + constants + index if body.origin(index) == constants + index else None
 
     def _scan(self, equation: Any, index: int) -> int | None:
-        constants, carry = equation.params["num_consts"], equation.params["num_carry"]
+        constants, carry = _scanned(equation.params)
         operands = [*equation.invars[:constants], *[None] * (len(equation.invars) - constants)]
         source = self.inner(equation, equation.params["jaxpr"], operands, opaque=True).origin(index)
         if source is None:
@@ -161,6 +161,14 @@ def _called(equation: Any) -> Any:
     inner = getattr(called, "jaxpr", called)
     fits = len(inner.invars) == len(equation.invars) and len(inner.outvars) == len(equation.outvars)
     return called if fits else None
+
+
+def _scanned(parameters: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many go from step to step."""
+    if "num_consts" in parameters:
+        return parameters["num_consts"], parameters["num_carry"]
+    constants, carry, _ = parameters["ft_in"].unpack()  # since JAX 0.12
+    return len(constants), len(carry)
 
 
 def _scalar(value: Any) -> Any:
