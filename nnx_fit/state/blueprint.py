@@ -94,12 +94,12 @@ class Blueprint:
         )
         if not same_variables or now.layout.slots != self.layout.slots:
             return True
-        if _equal(now.graphdefs, self.graphdefs):
+        if _same_graphdefs(now.graphdefs, self.graphdefs):
             return False
         # Equal ones as well: a graphdef would tell one NaN from another.
         equal = [path for path, value in now._plain.items() if path in self._plain and not self._differs(path, value)]
         with self._as_before([*besides, *equal]):
-            return not _equal(_both_graphdefs(self._module), self.graphdefs)
+            return not _same_graphdefs(_both_graphdefs(self._module), self.graphdefs)
 
     def describe(self, now: Blueprint) -> str:
         """What differs between this and the module as it is now, for a message."""
@@ -242,6 +242,23 @@ def _both_graphdefs(module: Any) -> dict[bool, nnx.GraphDef]:
         finally:
             saved.restore()
     return found
+
+
+def _same_graphdefs(new: dict[bool, nnx.GraphDef], old: dict[bool, nnx.GraphDef]) -> bool:
+    return _equal(new, old) or all(_same_graphdef(new[training], old[training]) for training in new)
+
+
+def _same_graphdef(new: nnx.GraphDef, old: nnx.GraphDef) -> bool:
+    """Whether two graphdefs are equal, one NaN being as good as another; to a dataclass of Python 3.13 it is not."""
+    return (
+        len(new.attributes) == len(old.attributes)
+        and _equal(new.nodes, old.nodes)
+        and all(
+            key == other
+            and (_equal(kind, before) or _equal(getattr(kind, "value", _MISSING), getattr(before, "value", 0)))
+            for (key, kind), (other, before) in zip(new.attributes, old.attributes, strict=True)
+        )
+    )
 
 
 def _equal(new: Any, old: Any) -> bool:
