@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def test_signals_end_the_job_with_their_status_and_without_noise(tmp_path, signa
     assert code == status, output
     # What writes in the background does not tell that it was cut off.
     assert not any(words in output for words in ("RuntimeError", "never awaited", "Commit operations")), output
-    if len(signals) == 1:  # the exception of a second one may come in a callback of JAX's, where Python reports it
-        assert "Traceback" not in output and "Exception ignored" not in output, output
-        assert any(tmp_path.glob("outputs/**/checkpoints/last*")), output
+    # The exception of a second signal may come while JAX is called by the garbage collector, where Python reports it.
+    rest = re.sub(r"Exception ignored in: <function _xla_gc_callback.*?\n(Traceback.*\n(?: .*\n)+\w+.*\n)?", "", output)
+    assert "Traceback" not in rest and "Exception ignored" not in rest, output
+    if len(signals) == 1:
+        assert rest == output and any(tmp_path.glob("outputs/**/checkpoints/last*")), output
