@@ -101,7 +101,7 @@ class EvalLoop:
         rngs = None
         for index, program in enumerate(self.programs):
             program.begin(step, self._progress.epoch, rngs)
-            self._batches(index, program, keep)
+            self._batches(index, program, keep, record)
             rngs = program.rngs
             program.finish()
         self._funnel.call(f"{self._hooks}_epoch_end")
@@ -117,8 +117,8 @@ class EvalLoop:
         self._funnel.call(f"{self._hooks}_end")
         return logged
 
-    def _batches(self, index: int, program: EvalSteps, keep: Callable[[int, Any], None] | None) -> None:
-        funnel = self._funnel
+    def _batches(self, index: int, program: EvalSteps, keep: Callable[[int, Any], None] | None, record: bool) -> None:
+        funnel, step, rename = self._funnel, self._progress.global_step, renamer(self._names[index])
         start, end = f"{self._hooks}_batch_start", f"{self._hooks}_batch_end"
         starts, ends = funnel.overridden(start), funnel.overridden(end)
         batches = self._open_batches(index)
@@ -126,7 +126,9 @@ class EvalLoop:
             for batch_idx, batch in enumerate(batches):
                 if starts:
                     funnel.call(start, batch.full, batch_idx, index)
-                _, outputs = program.run(batch.numeric)
+                packed, outputs = program.run(batch.numeric)
+                if record:
+                    self._ledger.log_eval_step(step, program.table, packed, rename)
                 if keep is not None:
                     keep(index, outputs)
                 if ends:

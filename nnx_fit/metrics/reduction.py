@@ -1,37 +1,125 @@
-"""Reducing an epoch's metrics on the device: accumulators of shape `(6, capacity)` that a program carries along.
+"""Reducing an epoch's metrics on the device: `Accumulators` that a program carries along.
 
-Rows are total, its rounding error, weight, its rounding error, the latest value, and whether there is one. Sums are
-compensated (Kahan, 1965), so that a float32 accumulator stays exact over millions of batches.
+Sums have the shape `(6, capacity)`. Rows are total, its rounding error, weight, its rounding error, the latest value,
+and whether there is one. Sums are compensated (Kahan, 1965), so that a float32 accumulator stays exact over millions of
+batches. What metric objects need is in arrays of their own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx_fit.metrics.capture import MetricSpec, MetricTable
+from nnx_fit.errors import CheckpointError
+from nnx_fit.metrics.capture import MetricSpec, MetricTable, TooManyMetrics
+from nnx_fit.metrics.objects import LoggedMetric
 
 # Rows of a step's packed metrics, and after them those that `with_latest` adds.
 VALUE, WEIGHT, PRESENT, LATEST, KNOWN = range(5)
 
 
-def empty(capacity: int) -> np.ndarray:
+_OBJECT = "object "
+
+
+class Accumulators(NamedTuple):
+    """What an epoch's metrics came to so far.
+
+    Attributes:
+        sums: Of values, float32 of shape `(6, capacity)`.
+        objects: Of each metric object whether there is a value and its numbers, a vector; then the arrays of its state.
+    """
+
+    sums: Any
+    objects: dict[str, list[Any]]
+
+    def copy_to_host_async(self) -> None:
+        """Starts the copy of what is read at the end of an epoch."""
+        for array in self.results:
+            array.copy_to_host_async()
+
+    @property
+    def results(self) -> list[Any]:
+        """What is read at the end of an epoch."""
+        return [self.sums, *(arrays[0] for arrays in self.objects.values())]
+
+    def named(self) -> dict[str, Any]:
+        """Its arrays by name."""
+        named = {f"{_OBJECT}{i} {name}": a for name, arrays in self.objects.items() for i, a in enumerate(arrays)}
+        return {"epoch": self.sums, **named}
+
+    @classmethod
+    def from_named(cls, arrays: Mapping[str, Any]) -> Accumulators:
+        """What `named` was made of."""
+        objects: dict[str, dict[int, Any]] = {}
+        for key, array in arrays.items():
+            if key.startswith(_OBJECT):
+                index, name = key.removeprefix(_OBJECT).split(" ", 1)
+                objects.setdefault(name, {})[int(index)] = np.asarray(array)
+        ordered = {name: [each[i] for i in sorted(each)] for name, each in objects.items()}
+        return cls(np.asarray(arrays["epoch"]), ordered)
+
+
+def empty(table: MetricTable) -> Accumulators:
     """Accumulators that hold nothing yet."""
-    return np.zeros((6, capacity), np.float32)
+    return grown(Accumulators(np.zeros((6, 0), np.float32), {}), table)
 
 
-def accumulate(accumulators: jax.Array, packed: jax.Array, table: MetricTable) -> jax.Array:
-    """Adds one step's metrics, packed as by `MetricTable.pack`."""
+def grown(accumulators: Accumulators, table: MetricTable) -> Accumulators:
+    """Host copies of the accumulators, with room for all that is in the table."""
+    sums = np.asarray(accumulators.sums)
+    sums = np.pad(sums, ((0, 0), (0, table.capacity - sums.shape[1])))
+    held = {name: [np.asarray(array) for array in arrays] for name, arrays in accumulators.objects.items()}
+    return Accumulators(sums, dict(table.starts) | held)
+
+
+def on_device(accumulators: Accumulators) -> Accumulators:
+    """The same in buffers of their own, to be donated."""
+    return jax.tree.map(lambda array: jnp.asarray(array).copy(), accumulators)
+
+
+def accumulate(
+    accumulators: Accumulators, packed: jax.Array, table: MetricTable, objects: Mapping[str, LoggedMetric] | None = None
+) -> Accumulators:
+    """Adds one step's metrics.
+
+    Args:
+        accumulators: Those before the step.
+        packed: The step's values, packed as by `MetricTable.pack`.
+        table: Places of the metrics.
+        objects: The metric objects that the step logged.
+
+    Raises:
+        TooManyMetrics: An object is new.
+    """
     value, _, present = packed
     here = present > 0
-    *sums, latest, known = accumulators
+    *sums, latest, known = accumulators.sums
     # Without a reduction over the epoch, which most training steps have none of, a step spares itself the arithmetic.
     if any(spec.on_epoch for spec in table.specs):
         sums = _summed(sums, packed, here, table)
-    return jnp.stack([*sums, jnp.where(here, value, latest), jnp.maximum(known, present)])
+    sums = jnp.stack([*sums, jnp.where(here, value, latest), jnp.maximum(known, present)])
+    return Accumulators(sums, _with_objects(accumulators.objects, table, objects or {}))
+
+
+def _with_objects(
+    old: dict[str, list[Any]], table: MetricTable, objects: Mapping[str, LoggedMetric]
+) -> dict[str, list[Any]]:
+    for logged in objects.values():
+        table.place_logged(logged)
+    if any(name not in old for name in objects):
+        raise TooManyMetrics
+    for name in objects:
+        if [array.shape for array in old[name]] != [array.shape for array in table.starts[name]]:
+            raise CheckpointError(
+                f"self.log({name!r}, ...): the checkpoint holds another metric of that name.\n"
+                "Fix: log the one that the run was saved with, or give this one another name."
+            )
+    return old | {name: logged.added_to(old[name]) for name, logged in objects.items()}
 
 
 def _summed(sums: list[jax.Array], packed: jax.Array, here: jax.Array, table: MetricTable) -> list[jax.Array]:
@@ -47,9 +135,9 @@ def _summed(sums: list[jax.Array], packed: jax.Array, here: jax.Array, table: Me
     return [new_total, jnp.where(is_extreme, 0, summed_error), weight_sum, weight_sum_error]
 
 
-def with_latest(packed: jax.Array, accumulators: jax.Array) -> jax.Array:
+def with_latest(packed: jax.Array, accumulators: Accumulators) -> jax.Array:
     """A step's packed metrics with the latest values of the epoch: a step need not log every name."""
-    return jnp.concatenate([packed, accumulators[4:]])
+    return jnp.concatenate([packed, accumulators.sums[4:]])
 
 
 def _kahan(total: jax.Array, error: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,8 +153,7 @@ def reduced(spec: MetricSpec, place: int, accumulators: np.ndarray) -> float | N
     Args:
         spec: The metric.
         place: Its place.
-        accumulators: Host copy of the accumulators, shape `(6, capacity)`; a capacity from before the table grew
-            will do.
+        accumulators: Host copy of the sums, shape `(6, capacity)`; a capacity from before the table grew will do.
     """
     if place >= accumulators.shape[1]:
         return None

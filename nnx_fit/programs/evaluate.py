@@ -6,7 +6,7 @@ The module's arrays are read, never donated. What an eval step may change (RNG s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ import numpy as np
 from flax import nnx
 
 from nnx_fit.metrics.capture import MetricTable, TooManyMetrics
-from nnx_fit.metrics.reduction import accumulate, empty
+from nnx_fit.metrics.reduction import Accumulators, accumulate, empty, grown, on_device
+from nnx_fit.programs.metric_state import belongs, fresh, metric_paths
 from nnx_fit.programs.precision import PRECISIONS, Precision
 from nnx_fit.programs.program import Program
 from nnx_fit.programs.step import StepResult, run_hook
 from nnx_fit.state.filters import matches
-from nnx_fit.state.graph import modules
+from nnx_fit.state.graph import Path
 from nnx_fit.state.guard import Guard, always_draws, by_design, report_eval, written
 from nnx_fit.state.layout import Layout, Slot
 from nnx_fit.state.live import Live, copied
@@ -31,9 +32,13 @@ HOOKS = {"validate": "validation_step", "test": "test_step", "predict": "predict
 MUTABLE_TYPES = (nnx.metrics.MetricState, nnx.Cache, nnx.Intermediate)
 
 
-def is_mutable(slot: Slot, eval_mutable: Any, leaf: Any) -> bool:
-    """Whether an eval step may change a Variable."""
-    if slot.role in ("params", "rngs") or not issubclass(slot.type, nnx.Variable):
+def is_mutable(slot: Slot, eval_mutable: Any, leaf: Any, metrics: Sequence[Path] = ()) -> bool:
+    """Whether an eval step may change a Variable, or an array of one of the metrics at these paths."""
+    if slot.role in ("params", "rngs"):
+        return False
+    if belongs(slot, metrics):
+        return True
+    if not issubclass(slot.type, nnx.Variable):
         return False
     return issubclass(slot.type, MUTABLE_TYPES) or (
         eval_mutable is not None and matches(eval_mutable, slot.aliases, leaf)
@@ -88,10 +93,11 @@ class EvalProgram:
         hook = HOOKS[stage]
         self._program = Program(f"The {hook}", self._body, self.table, compiled=compiled)
         rngs = [slot for slot in self._layout.slots if slot.role == "rngs"]
+        self._metrics = metric_paths(module)
         self._mutable = [
             slot
             for slot, leaf in zip(self._layout.slots, live.leaves, strict=True)
-            if is_mutable(slot, module.eval_mutable, leaf)
+            if is_mutable(slot, module.eval_mutable, leaf, self._metrics)
         ]
         self._rng_positions = [i for slot in rngs for i in range(slot.start, slot.stop)]
         self._mutable_positions = [i for slot in self._mutable for i in range(slot.start, slot.stop)]
@@ -114,24 +120,24 @@ class EvalProgram:
         """
         arrays = self._live.collect()
         own = [arrays[i] for i in self._rng_positions]
-        fresh = self._fresh_metrics(arrays)
-        mutable = [fresh.get(i, arrays[i]) for i in self._mutable_positions]
+        # Metrics start over with each loop.
+        starts = fresh(self._layout, self.graphdef, arrays, self._metrics)
+        mutable = [a for slot in self._mutable for a in starts.get(slot.name, arrays[slot.start : slot.stop])]
         counters = jnp.array([global_step, epoch, 0], jnp.int32)
-        self._scratch = copied([*(rngs or own), *mutable, counters, empty(self.table.capacity)])
+        self._scratch = [*copied([*(rngs or own), *mutable, counters]), on_device(empty(self.table))]
 
     def run(self, batch: Any) -> tuple[Any, Any]:
         """Dispatches one step; returns its packed metrics and outputs without waiting for them."""
         try:
             self._scratch, (packed, outputs) = self._program(self._scratch, self._live.collect(), batch)
         except TooManyMetrics:
-            old = np.asarray(self._scratch[-1])
             self.table.grow()
-            self._scratch[-1] = jnp.asarray(np.pad(old, ((0, 0), (0, self.table.capacity - old.shape[1]))))
+            self._scratch[-1] = on_device(grown(self._scratch[-1], self.table))
             return self.run(batch)
         return packed, outputs
 
     @property
-    def accumulators(self) -> Any:
+    def accumulators(self) -> Accumulators:
         """The loop's metrics so far."""
         return self._scratch[-1]
 
@@ -139,6 +145,30 @@ class EvalProgram:
     def rngs(self) -> list[Any]:
         """The RNG scratch after the loop."""
         return self._scratch[: len(self._rng_positions)]
+
+    @property
+    def carried(self) -> list[int]:
+        """Positions in the flat list of arrays of what goes from batch to batch."""
+        return [*self._rng_positions, *self._mutable_positions]
+
+    @property
+    def scratch(self) -> list[Any]:
+        """What goes from batch to batch, metrics aside: the arrays at `carried`, then the counters."""
+        return self._scratch[:-1]
+
+    def pure_step(self, scratch: list[Any], arrays: list[Any], batch: Any) -> tuple[Any, list[Any]]:
+        """One step as a function of its arguments, for whoever compiles it by other means; it returns no metrics.
+
+        Args:
+            scratch: What goes from batch to batch, as `scratch` has it.
+            arrays: The module's flat list of arrays; what stands at `carried` is not looked at.
+            batch: The batch.
+
+        Returns:
+            The step's outputs, and the scratch after it.
+        """
+        after, (_, outputs) = self._body([*scratch, empty(self.table)], arrays, batch)
+        return outputs, after[:-1]
 
     def finish(self) -> None:
         """Ends the loop: what an eval step may change and did comes back into the module, RNG streams do not."""
@@ -150,17 +180,6 @@ class EvalProgram:
             if position in self._kept:
                 arrays[position] = self._scratch[start + offset]
         self._live.replace(arrays)
-
-    def _fresh_metrics(self, arrays: list[Any]) -> dict[int, Any]:
-        """The arrays of `nnx.Metric`s as their `reset` leaves them: each loop starts over."""
-        slots = [slot for slot in self._mutable if issubclass(slot.type, nnx.metrics.MetricState)]
-        if not slots:
-            return {}
-        module = self._layout.merge(self.graphdef, arrays)
-        for _, metric in modules(module, nnx.Metric):
-            metric.reset()
-        fresh = self._layout.arrays_of(module, step="reset")
-        return {i: fresh[i] for slot in slots for i in range(slot.start, slot.stop)}
 
     def _check(self, module: Any, before: list[Any], after: list[Any], again: Callable[[list[Any]], list[Any]]) -> None:
         """Tells of what the step wrote and should not have; notes what it may change."""
@@ -185,7 +204,7 @@ class EvalProgram:
             report_eval(module, changed, hook, self._guard)
 
     def _body(self, scratch: list[Any], arrays: list[Any], batch: Any) -> tuple[list[Any], Any]:
-        positions = [*self._rng_positions, *self._mutable_positions]
+        positions = self.carried
         counters, accumulators = scratch[-2:]
         current = list(arrays)
         for position, value in zip(positions, scratch[:-2], strict=True):
@@ -218,4 +237,5 @@ class EvalProgram:
         new_counters = counters + np.array([0, 0, 1], np.int32)
         new_scratch = [after[position] for position in positions]
         outputs = result.output if self._outputs else None
-        return [*new_scratch, new_counters, accumulate(accumulators, packed, self.table)], (packed, outputs)
+        new_accumulators = accumulate(accumulators, packed, self.table, result.objects)
+        return [*new_scratch, new_counters, new_accumulators], (packed, outputs)

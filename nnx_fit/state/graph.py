@@ -53,8 +53,14 @@ def static_attributes(node: nnx.Module) -> dict[str, Any]:
         for name, value in vars(node).items()
         if not name.startswith("_pytree__")
         and not data.get(name, False)
+        and not (not node._pytree__is_pytree and _holds_array(value))
         and not (isinstance(value, nnx.Pytree | nnx.Variable | jax.Array | np.ndarray) and not _is_tracer(value))
     }
+
+
+def _holds_array(value: Any) -> bool:
+    """Whether a value is a dataclass or a container with arrays in it, which a node with `pytree=False` has as data."""
+    return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
 
 
 def _is_tracer(value: Any) -> bool:
@@ -123,6 +129,13 @@ def replace_array(node: Any, path: Path, value: Any) -> Any:
     if isinstance(node, list | dict):
         node[key] = child  # type: ignore[index]
         return node
-    items = dict(children(node)) | {key: child}
-    one_level = jax.tree.structure(node, is_leaf=lambda x: x is not node)
-    return jax.tree.unflatten(one_level, list(items.values()))
+    # In the order in which JAX flattens it, which need not be that of `children`.
+    one_level, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    named = dict(children(node)) | {key: child}
+    by_text = {str(name): value for name, value in named.items()}
+    return jax.tree.unflatten(structure, [by_text[_key_text(entry[-1])] for entry, _ in one_level])
+
+
+def _key_text(entry: Any) -> str:
+    found = [getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)]
+    return str(found[0] if found else entry)

@@ -1,77 +1,20 @@
-"""What one step logs: the options of a call, the value, several values of one name, and the places in the vectors."""
+"""What one step logs: several values of one name, metric objects, and what is refused."""
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from flax import nnx
+from measured import BATCHES, VALUES, Base, logging, merged
+from nets import quiet
 
 from nnx_fit.errors import ConfigurationError
-from nnx_fit.metrics.capture import Capture, MetricSpec, MetricTable, TooManyMetrics, make_spec, scalar
+from nnx_fit.metrics.capture import Capture, MetricTable, make_spec
 
 STEP, EPOCH = (True, False), (False, True)
 
 
 def capture(defaults=EPOCH, size=4):
     return Capture("validation_step", defaults, lambda: size)
-
-
-@pytest.mark.parametrize("defaults", [STEP, EPOCH])
-def test_options_left_open_are_those_of_the_hook(defaults):
-    spec = make_spec("loss", defaults)
-    assert (spec.on_step, spec.on_epoch) == defaults
-    assert (spec.prog_bar, spec.logger, spec.reduce) == (False, True, "mean")
-
-
-def test_one_option_overrides_one_default():
-    assert make_spec("loss", STEP, on_epoch=True) == MetricSpec("loss", True, True)
-    assert make_spec("loss", STEP, on_step=False, on_epoch=True) == MetricSpec("loss", False, True)
-
-
-def test_records_are_told_apart_only_where_there_are_two():
-    both = make_spec("a/b", STEP, on_epoch=True)
-    assert (both.step_name, both.epoch_name) == ("a/b_step", "a/b_epoch")
-    assert make_spec("a/b", STEP).step_name == "a/b"
-    assert make_spec("a/b", EPOCH).epoch_name == "a/b"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": ""}, "needs a name"),
-        ({"name": 3}, "needs a name"),
-        ({"name": None}, "needs a name"),
-        ({"reduce": "median"}, r"'loss', reduce='median'.*'mean', 'sum', 'min', 'max'"),
-        ({"reduce": None}, "reduce=None"),
-        ({"on_step": False}, "would record nothing.*True"),
-    ],
-)
-def test_an_invalid_call_names_the_metric_and_the_choice(options, message):
-    arguments = {"name": "loss", "defaults": STEP} | options
-    with pytest.raises(ConfigurationError, match=message):
-        make_spec(arguments.pop("name"), arguments.pop("defaults"), **arguments)
-
-
-@pytest.mark.parametrize(
-    "value", [2, 2.0, True + 1, np.float64(2), np.int8(2), np.array([2]), jnp.array([[2.0]]), jnp.bfloat16(2)]
-)
-def test_any_single_number_becomes_a_float32_scalar(value):
-    got = scalar("loss", value)
-    assert got.shape == () and got.dtype == jnp.float32 and float(got) == 2
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (jnp.zeros(3), r"'loss'.*shape \(3,\).*\.mean\(\)"),
-        (np.zeros((0,)), r"shape \(0,\)"),
-        ("0.5", "'loss'.*str"),
-        (None, "'loss'.*NoneType"),
-        ({"a": 1}, "'loss'.*dict"),
-        (object(), "'loss'.*object"),
-    ],
-)
-def test_what_is_no_single_number_is_refused_by_name_and_shape(value, message):
-    with pytest.raises(ConfigurationError, match=message):
-        scalar("loss", value)
 
 
 def test_several_values_of_one_name_are_reduced_with_each_other():
@@ -113,28 +56,110 @@ def test_a_hook_without_metrics_refuses_and_names_itself():
         Capture("predict_step", None, lambda: 1).log("x", 1.0)
 
 
-def test_names_keep_their_places_whichever_step_logs_them():
-    table = MetricTable()
-    specs = {name: make_spec(name, EPOCH) for name in "abc"}
-    one = jnp.float32(1)
-    first = table.pack({"a": (one, one), "b": (one * 2, one * 4)}, {n: specs[n] for n in "ab"})
-    second = table.pack({"c": (one * 3, one), "b": (one * 5, one)}, {n: specs[n] for n in "cb"})
-    assert first.shape == second.shape == (3, table.capacity)
-    np.testing.assert_array_equal(first[:, :3], [[1, 2, 0], [1, 4, 0], [1, 1, 0]])
-    np.testing.assert_array_equal(second[:, :3], [[0, 5, 3], [0, 1, 1], [0, 1, 1]])
-    assert not np.asarray(second[:, 3:]).any()
+def updated(self, batch):
+    self.accuracy.update(logits=batch["logits"], labels=batch["labels"])
+    return self.accuracy
 
 
-def test_a_step_without_metrics_packs_nothing():
-    assert not np.asarray(MetricTable().pack({}, {})).any()
+def outside(self, batch):
+    metric = nnx.metrics.Average()
+    metric.update(values=batch["values"])
+    return metric
 
 
-def test_a_full_table_asks_to_be_grown_and_keeps_its_places():
-    table = MetricTable(capacity=2)
-    for name in "ab":
-        table.place(make_spec(name, EPOCH))
-    with pytest.raises(TooManyMetrics):
-        table.place(make_spec("c", EPOCH))
-    table.grow()
-    assert [table.place(make_spec(name, EPOCH)) for name in "cab"] == [2, 0, 1]
-    assert table.capacity == 4
+def curve(self, batch):
+    self.curve.update(predictions=batch["values"], labels=batch["labels"] > 0)
+    return self.curve
+
+
+def nested(self, batch):
+    @nnx.jit
+    def inner(module, batch):
+        module.log("m", updated(module, batch))
+
+    inner(self, batch)
+    return 0.0
+
+
+class Ifs(nnx.metrics.Average):
+    def compute(self):
+        return 1.0 if self.count[...] > 0 else 0.0
+
+
+@nnx.dataclass
+class Collects:
+    """A metric that keeps all it was given."""
+
+    values: jax.Array = nnx.data()
+
+    def merge(self, other):
+        return Collects(jnp.concatenate([self.values, other.values]))
+
+    def compute(self):
+        return self.values.mean()
+
+
+jax.tree_util.register_dataclass(Collects, ["values"], [])
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (updated, {"reduce": "sum"}, r"'m', ..., reduce='sum'.*Accuracy, which itself.*\nFix: leave reduce out"),
+        (lambda s, b: merged(b), {"batch_size": 4}, r"batch_size=4.*\nFix: leave batch_size out"),
+        (lambda s, b: s.accuracy, {}, r"'m'.*Accuracy that validation_step did not update.*\nFix: call its `update"),
+        (outside, {}, r"'m'.*Average that is no part of Logs.*\nFix: make it in the module's `__init__`"),
+        (nested, {}, "'m'.*inside a transform within validation_step"),
+        (
+            curve,
+            {},
+            r"'m'.*AUCROC changes its shapes.*\nFix: of metrax, log the metric itself.*metrax.AUCROC.from",
+        ),
+        (lambda s, b: Collects(b["values"]), {}, r"'m'.*state of a Collects grows.*\nFix"),
+    ],
+    ids=["reduce", "batch_size", "not updated", "outside", "nested", "shapes", "growing"],
+)
+def test_a_mistake_is_named_with_its_fix(value, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        quiet().validate(logging(value=value, **options), BATCHES)
+
+
+def test_a_metric_that_needs_python_values_is_named():
+    module = logging(value=lambda self, batch: (self.ifs.update(values=batch["values"]), self.ifs)[1])
+    module.ifs = Ifs()
+    with pytest.raises(ConfigurationError, match=r"'m'.*Ifs\.compute\(\) needs values that a compiled step"):
+        quiet().validate(module, BATCHES)
+
+
+def test_a_metric_from_outside_of_the_module_is_refused_with_what_to_do():
+    metric = nnx.metrics.Average()
+
+    def updated(self, batch):
+        metric.update(values=batch["values"])
+        return metric
+
+    with pytest.raises(Exception, match=r"(?s)different trace level.*no part of Logs.*Fix: make it an attribute"):
+        quiet().validate(logging(value=updated), BATCHES)
+
+
+def test_one_name_for_two_things_is_refused():
+    class Twice(Base):
+        def __init__(self, second):
+            super().__init__()
+            self.a, self.b = nnx.metrics.Average(), nnx.metrics.Average()
+            self.second = second
+
+        def validation_step(self, batch):
+            for metric in (self.a, self.b):
+                metric.update(values=batch["values"])
+            self.log("x", self.a)
+            self.log("x", {"value": 1.0, "metric": self.b}.get(self.second, self.a), prog_bar=self.second == "bar")
+
+    with pytest.raises(ConfigurationError, match=r"'x'.*with a metric object and with a value"):
+        quiet().validate(Twice("value"), BATCHES)
+    with pytest.raises(ConfigurationError, match=r"'x'.*two metrics.*`a` of x \(\) and `b` of x \(\)"):
+        quiet().validate(Twice("metric"), BATCHES)
+    with pytest.raises(ConfigurationError, match=r"'x'.*twice.*prog_bar=False and prog_bar=True"):
+        quiet().validate(Twice("bar"), BATCHES)
+    (got,) = quiet().validate(Twice("same"), BATCHES)
+    assert got == {"x": pytest.approx(VALUES.mean())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +135,28 @@ def test_replacing_an_array_keeps_the_graphdef():
         graph.replace_array(module, path, leaf + 1)
     assert nnx.graphdef(module) == graphdef
     assert all((leaf >= 1).all() for leaf in jax.tree.leaves([leaf for _, leaf in bare_arrays(module)]))
+
+
+@flax.struct.dataclass
+class Counted:
+    """A dataclass whose fields are not in the order of their names."""
+
+    total: jax.Array
+    count: jax.Array
+
+
+class Holder(nnx.Module, pytree=False):
+    def __init__(self):
+        self.counted = Counted(jnp.float32(1), jnp.int32(2))
+        self.label = "plain"
+
+
+def test_an_array_in_a_dataclass_is_replaced_in_its_own_field():
+    holder = Holder()
+    graph.replace_array(holder, ("counted", "count"), 7)
+    assert (holder.counted.total, holder.counted.count) == (1, 7)
+
+
+def test_arrays_in_a_dataclass_of_a_node_that_is_no_pytree_are_data_and_no_constants():
+    assert graph.static_attributes(Holder()) == {"label": "plain"}
+    assert [path for path, _ in graph.flatten(Holder())[1]] == [("counted", "count"), ("counted", "total")]
