@@ -18,6 +18,11 @@ class StepHooks:
         return grads
 
 
+def overrides_gradients(module: Any) -> bool:
+    """Whether a module has an `on_gradients` of its own."""
+    return type(module).on_gradients is not StepHooks.on_gradients
+
+
 class ModuleHooks:
     """Host hooks: they run between compiled steps and may read and write the module's Variables."""
 

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import numpy as np
 from flax import nnx
 
 from nnx_fit import scope
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.hooks import ModuleHooks, StepHooks
+from nnx_fit.hparams import Hyperparameters, RecordsArguments, hparams_of, set_hparams
+from nnx_fit.metrics.objects import members
 from nnx_fit.state.filters import Edited, PathPrefix, hashable
+from nnx_fit.state.graph import modules
 from nnx_fit.state.modes import set_mode
 
 if TYPE_CHECKING:
     from nnx_fit.trainer import Trainer
 
 
-class Hyperparameters(dict[str, Any]):
-    """Constructor arguments by name, readable as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no hyperparameter {name!r}; there are: {', '.join(self) or 'none'}") from None
-
-
-_HPARAMS: weakref.WeakKeyDictionary[Any, Hyperparameters] = weakref.WeakKeyDictionary()
-
-
-class _FitModuleMeta(type(nnx.Module)):
-    """Records a module's constructor arguments before its `__init__` runs."""
-
-    def _pytree_meta_construct(cls, self: Any, *args: Any, **kwargs: Any) -> None:
-        _HPARAMS[self] = _constructor_arguments(cls, args, kwargs)
-        super()._pytree_meta_construct(self, *args, **kwargs)
-
-
-class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
+class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=RecordsArguments):
     """A model with its training logic: subclass it, write `training_step` and `configure_optimizers`.
 
     It stays a normal NNX module. Step hooks run inside a compiled program, in the right mode; host hooks run between
@@ -52,6 +33,8 @@ class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
             Variable type.
         eval_modules: Dotted path prefixes of sub-modules that stay in eval mode while training.
         eval_mutable: NNX filter of Variables that an eval step may change.
+        automatic_optimization: Whether the Trainer differentiates `training_step` and updates. `False` leaves both to
+            the step (GANs, several losses): see `value_and_grad` and `optimizers`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -73,6 +56,7 @@ class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
     trainable: Any = nnx.Param
     eval_modules: tuple[str, ...] = ()
     eval_mutable: Any = None
+    automatic_optimization: bool = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("trainable", "eval_mutable"):
@@ -103,8 +87,38 @@ class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
         return self(batch)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer: an `optax.GradientTransformation` or an `OptimizerSpec`."""
+        """The optimizer: an `optax.GradientTransformation`, an `OptimizerSpec`, or a dict or list of those."""
         _missing(self, "configure_optimizers", "fit")
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, path: str | Path, *, strict: bool = True, rename: Mapping[str, str] | None = None, **overrides: Any
+    ) -> Self:
+        """A module made from a checkpoint: the constructor's arguments and all values are those that were saved.
+
+        Nothing is initialised that is then replaced: the constructor is traced, and the saved arrays take the places
+        of those it would have made. It is run where it cannot be traced, or where `strict=False` leaves something to
+        initialise. A checkpoint is data: nothing in it is executed.
+
+        Args:
+            path: Directory of the checkpoint, which may be one of weights alone.
+            strict: Whether every array must be in the checkpoint and in the module, of one shape and dtype. `False`
+                loads those that are, leaves the others as the constructor makes them, and logs which.
+            rename: New beginnings of dotted paths by their old ones: `{"encoder": "net.encoder"}`. The longest that
+                matches counts; `""` is the beginning of every path.
+            **overrides: Arguments that take the place of those that were saved, and those that were not: checkpoints
+                have plain values only. `rngs` is `nnx.Rngs(0)` unless it is given.
+
+        Raises:
+            CheckpointError: It is damaged, or is of another module: names every path that differs.
+            ConfigurationError: The constructor needs an argument that the checkpoint does not have.
+
+        Example:
+            >>> model = Classifier.load_from_checkpoint("outputs/mine/checkpoints/last")  # doctest: +SKIP
+        """
+        from nnx_fit.checkpoint.building import load_module
+
+        return load_module(cls, path, strict=strict, rename=rename, overrides=overrides)
 
     def log(
         self,
@@ -118,20 +132,36 @@ class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
         reduce: str = "mean",
         batch_size: Any = None,
     ) -> None:
-        """Logs a scalar.
+        """Logs a number, or a metric object that was updated with the batch.
+
+        An `nnx.Metric` is an attribute of the module; update it, then log it. Its epoch value is what it computes from
+        all batches of the loop, and it starts over with each training epoch and each evaluation. Its step value is what
+        it computes at that point, from the batches so far: it holds no other. A metric that is merged, such as
+        metrax's, is made from the batch in the step and is no attribute; its step value is the batch's own, a window of
+        accumulation has the mean of those.
+
+        What such a metric computes may also be a dict or a dataclass, whose entries are recorded as `name/<entry>`; a
+        vector, with one number for each class recorded as `name/<class>` and a bar chart in the loggers; or a matrix,
+        recorded as `name/<row>/<column>` in `History` alone and shown as a heat map. (More than 1,024 numbers are only
+        shown.) Classes are numbered, or named by an attribute `class_names` of the metric or the module. A vector or
+        matrix is recorded once in a loop: with `on_step=False, on_epoch=True` in a training step. `nnx_fit.metrics` has
+        a `ConfusionMatrix` and `ClassMetrics`.
 
         Args:
             name: Name of the metric, recorded as it is.
-            value: A scalar array or number.
-            on_step: Record the step's value. Default: in training batch hooks.
+            value: A scalar array or number; an `nnx.Metric` or metrax metric.
+            on_step: Record the step's value. Default: in training batch hooks. In an evaluation each batch has its
+                record, at the `global_step` of the evaluation.
             on_epoch: Reduce over the epoch and record that. Default: everywhere else.
             prog_bar: Show it in the progress bar.
             logger: Hand it to loggers.
-            reduce: How an epoch's values are reduced: `"mean"` (weighted by batch size), `"sum"`, `"min"`, `"max"`.
-            batch_size: Number of examples behind the value. Default: the batch's leading axis.
+            reduce: How an epoch's values are reduced: `"mean"` (weighted by batch size), `"sum"`, `"min"`, `"max"`. Not
+                for a metric object.
+            batch_size: Number of examples behind the value. Default: the batch's leading axis. Not for a metric object.
 
         Raises:
-            ConfigurationError: The value is no scalar, the hook cannot log, or the name was logged with other options.
+            ConfigurationError: The value is no real number and no metric, the hook cannot log, or the name was logged
+                with other options.
         """
         options = {
             "on_step": on_step,
@@ -151,12 +181,72 @@ class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
                 f"self.log({name!r}, ...) was called outside of a run: no Trainer runs this module.\n"
                 "Fix: call it in a step, or in a batch or epoch hook."
             )
-        run.log(name, value, **options)
+        run.log(name, value, module=self, **options)
 
-    def log_dict(self, metrics: Mapping[str, Any], **options: Any) -> None:
-        """Logs several scalars with the same options; see `log`."""
-        for name, value in metrics.items():
+    def log_dict(self, metrics: Any, **options: Any) -> None:
+        """Logs several values with the same options; see `log`.
+
+        Args:
+            metrics: Names and values: a mapping, or an `nnx.MultiMetric` that was updated in the step.
+            **options: Those of `log`.
+        """
+        for name, value in members(metrics).items():
             self.log(name, value, **options)
+
+    def optimizers(self, name: str | int | None = None) -> Any:
+        """The optimizers of the run.
+
+        In a `training_step` with `automatic_optimization = False` each has `update(grads)`. In host hooks, from
+        `on_train_start` on, each has `learning_rate`, and `hyperparams` that may be read and set: those that
+        `optax.inject_hyperparams` holds.
+
+        Args:
+            name: Name of one of them; in a list without names, its index.
+
+        Returns:
+            The optimizer of that name; without a name the only optimizer, or a list of all.
+
+        Raises:
+            ConfigurationError: There is none of that name, or this is a step that does not optimize by itself.
+        """
+        step = scope.current_step()
+        if step is not None:
+            return _manual(step, "optimizers").optimizers(name)
+        run = scope.run_of(self)
+        if run is None:
+            raise ConfigurationError("self.optimizers(): no Trainer runs this module. Fix: call it in a hook.")
+        return run.optimizers(name)
+
+    def value_and_grad(
+        self, loss_fn: Callable[[], Any], *, optimizer: str | int | None = None, has_aux: bool = False
+    ) -> tuple[Any, nnx.State]:
+        """Calls a function and differentiates it for what an optimizer trains, in a step that optimizes by itself.
+
+        The function takes no argument and may use `self` freely: what it does to running statistics and RNG streams,
+        and what it logs, is kept.
+
+        Args:
+            loss_fn: Returns the loss, a scalar; with `has_aux` a pair of the loss and anything else.
+            optimizer: Name of the optimizer, or its index in a list; may be left out where there is only one.
+            has_aux: Whether the function returns a pair.
+
+        Returns:
+            What the function returned, and the gradients for `self.optimizers(optimizer).update`.
+
+        Raises:
+            ConfigurationError: `automatic_optimization` is on, or the loss is none.
+
+        Example:
+            >>> class GAN(FitModule):
+            ...     automatic_optimization = False
+            ...     def training_step(self, batch):
+            ...         loss, grads = self.value_and_grad(lambda: self.generator_loss(batch), optimizer="generator")
+            ...         self.optimizers("generator").update(grads)
+        """
+        step = scope.current_step()
+        if step is None:
+            raise ConfigurationError("self.value_and_grad was called outside of a step. Fix: call it in training_step.")
+        return _manual(step, "value_and_grad").value_and_grad(loss_fn, optimizer, has_aux)
 
     def freeze(self, *selectors: Any) -> None:
         """Stops the Variables below the path prefixes, or matching the filters, from being trained."""
@@ -221,53 +311,30 @@ class FitModule(ModuleHooks, StepHooks, nnx.Module, metaclass=_FitModuleMeta):
     @property
     def hparams(self) -> Hyperparameters:
         """The constructor's arguments that are plain values (numbers, strings, lists and dicts of them)."""
-        return _HPARAMS.get(scope.origin_of(self), Hyperparameters())
+        return hparams_of(scope.origin_of(self))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> FitModule:
+        copied = super().__deepcopy__(memo)
+        for (_, mine), (_, theirs) in zip(modules(self), modules(copied), strict=True):
+            if isinstance(mine, FitModule):
+                set_hparams(theirs, copy.deepcopy(hparams_of(mine)))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "hparams": self.hparams}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        _HPARAMS[self] = state["hparams"]
+        set_hparams(self, state["hparams"])
         super().__setstate__({name: value for name, value in state.items() if name != "hparams"})
 
 
-def _constructor_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hyperparameters:
-    signature = inspect.signature(cls.__init__)
-    try:
-        bound = signature.bind(None, *args, **kwargs)
-    except TypeError:
-        return Hyperparameters()  # the constructor itself raises the right error
-    bound.apply_defaults()
-    found = Hyperparameters()
-    for name, value in list(bound.arguments.items())[1:]:
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL and not value:
-            continue
-        items = value.items() if kind is inspect.Parameter.VAR_KEYWORD else [(name, value)]
-        found.update({key: plain for key, item in items if (plain := _plain(item)) is not _NOT_PLAIN})
-    return found
-
-
-_NOT_PLAIN = object()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
-        return (
-            _NOT_PLAIN
-            if any(item is _NOT_PLAIN for item in items)
-            else (list if isinstance(value, list) else tuple)(items)
+def _manual(step: scope.StepScope, what: str) -> Any:
+    if step.optimization is None:
+        raise ConfigurationError(
+            f"self.{what} was called in {step.hook}, where the Trainer does the updates.\nFix: set "
+            "`automatic_optimization = False` in the class, and call it in training_step."
         )
-    if isinstance(value, Mapping):
-        mapped = {key: _plain(item) for key, item in value.items()}
-        plain = all(isinstance(key, str) and item is not _NOT_PLAIN for key, item in mapped.items())
-        return mapped if plain else _NOT_PLAIN
-    return _NOT_PLAIN
+    return step.optimization
 
 
 def _missing(module: FitModule, hook: str, verb: str) -> NoReturn:

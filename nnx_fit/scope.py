@@ -17,6 +17,7 @@ from nnx_fit.state.graph import modules
 
 if TYPE_CHECKING:
     from nnx_fit.metrics.capture import Capture
+    from nnx_fit.programs.manual import ManualOptimization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class StepScope:
         current_epoch: Index of the epoch, int32 scalar.
         batch_idx: Index of the batch in the epoch, int32 scalar.
         capture: Collects what the step logs.
+        optimization: The optimizers of a step that updates by itself, see `programs/manual.py`.
     """
 
     hook: str
@@ -42,6 +44,7 @@ class StepScope:
     current_epoch: Any
     batch_idx: Any
     capture: Capture
+    optimization: ManualOptimization | None = None
 
 
 class Run(Protocol):
@@ -58,6 +61,9 @@ class Run(Protocol):
     def current_epoch(self) -> int:
         """Completed epochs; inside an epoch, its index."""
         ...
+
+    def optimizers(self, name: str | int | None = None) -> Any:
+        """The optimizers of the run."""
 
     def log(self, name: str, value: Any, **options: Any) -> None:
         """Logs a value in a host hook."""

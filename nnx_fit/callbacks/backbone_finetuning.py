@@ -24,27 +24,26 @@ class BackboneFinetuning(Callback):
     """Freezes a backbone for the first epochs of a fit, then trains it with the rest.
 
     The step is compiled once more when the backbone is unfrozen. What the optimizer knows of the parameters that were
-    trained before stays; for those that join it begins anew. Its count of updates goes on, so that Adam no longer
-    corrects the bias of averages that begin at zero, and the first updates of the backbone are several times as long as
-    usual: one more reason for a small learning rate there. A run that continues is in the phase in which it was saved.
+    trained before stays; for those that join it begins anew. The count of updates of a single optimizer goes on, so
+    that Adam no longer corrects the bias of averages that begin at zero, and the first updates of the backbone are
+    several times as long as usual: one more reason for an optimizer of its own (below). A run that continues is in the
+    phase in which it was saved.
 
     The callback edits `module.trainable` as `module.freeze` does, and takes its edits back when it unfreezes and when
     the fit ends: what was frozen before stays frozen.
 
     Differences to Lightning: the learning rate of the backbone belongs to the optimizer, whose schedule is part of the
     compiled step, and is no argument here (`initial_denom_lr`, `lambda_func`, `backbone_initial_lr` there). Give the
-    backbone a rate of its own by path, with a schedule that begins where it is unfrozen:
+    backbone an optimizer of its own, which rests while all that it trains is frozen; its schedule and Adam's count then
+    begin with its first update:
 
         def configure_optimizers(self):
-            ramp = optax.join_schedules(
-                [optax.constant_schedule(0.0), optax.linear_schedule(1e-5, 1e-3, 1000)], [unfrozen_at_step]
-            )
-            def part(path, _):
-                return "backbone" if path[0].key == "backbone" else "rest"
-            return optax.multi_transform(
-                {"backbone": optax.adam(ramp), "rest": optax.adam(1e-3)},
-                lambda params: jax.tree_util.tree_map_with_path(part, params),
-            )
+            return {
+                "backbone": nf.OptimizerSpec(
+                    optax.adam, schedule=optax.linear_schedule(1e-5, 1e-3, 1000), trainable="backbone"
+                ),
+                "head": nf.OptimizerSpec(optax.adam(1e-3), trainable="head"),
+            }
 
     Args:
         unfreeze_backbone_at_epoch: Index of the epoch from whose beginning the backbone trains; epochs count from 0.

@@ -47,7 +47,7 @@ class Callback:
 
     phase: ClassVar[Phase] = "before"
     reads_module: bool = True
-    logs: ClassVar[bool] = True
+    logs: bool = True
     paused_until: int = 0
 
     def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nnx_fit.cli.checks import shown
+from nnx_fit.cli.optimizer import make_optimizer
 from nnx_fit.cli.overrides import key_of
 from nnx_fit.cli.targets import accepts, check_targets, find_target
+from nnx_fit.determinism import ask_for_deterministic_kernels
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.instantiation import instantiate
 
@@ -46,7 +46,7 @@ def build(cfg: DictConfig, overrides: Sequence[str], run_dir: Path) -> Objects:
     for group in ("callbacks", "logger"):
         for name, entry in (plain.get(group) or {}).items():
             check_targets(entry, f"{group}.{name}")
-    optimizer = _optimizer(plain)
+    optimizer = make_optimizer(plain)
     _check_module(model_class)
     if "configure_optimizers" in _overridden(model_class):
         _refuse_ignored(overrides, model_class)
@@ -54,6 +54,8 @@ def build(cfg: DictConfig, overrides: Sequence[str], run_dir: Path) -> Objects:
 
     import nnx_fit
 
+    if plain["trainer"].get("deterministic"):
+        ask_for_deterministic_kernels()  # before the first array of the model
     rngs = nnx_fit.seed_everything(plain["seed"])
     model = instantiate(plain["model"], **{name: rngs for name in rngs_name})
     data = instantiate(plain["data"], **data_seed)
@@ -67,7 +69,7 @@ def build(cfg: DictConfig, overrides: Sequence[str], run_dir: Path) -> Objects:
         strategy=plain.get("strategy") or "auto",
         optimizer=optimizer,
         callbacks=_entries(_with_checkpoints_if_enabled(plain), "callbacks"),
-        logger=_entries(plain, "logger") or False,
+        logger=False if plain["trainer"].get("barebones") else _entries(plain, "logger") or False,
         default_root_dir=run_dir,
     )
     trainer.settings = _settings(plain, overrides)
@@ -130,54 +132,3 @@ def _refuse_ignored(overrides: Sequence[str], model_class: Any) -> None:
                 f"{override} has no effect: {model_class.__name__} has a configure_optimizers of its own.\n"
                 "Fix: remove that method, or give the model an argument for it (model.learning_rate=...)."
             )
-
-
-def _optimizer(plain: dict[str, Any]) -> Callable[[int | float], Any] | None:
-    """What the groups `optimizer` and `schedule` mean to the Trainer: a function of the number of steps."""
-    optimizer, schedule = plain.get("optimizer"), plain.get("schedule")
-    if optimizer is None:
-        return None
-    if "_target_" not in optimizer:
-        raise ConfigurationError("optimizer has no _target_. Expected an option such as optimizer=adamw.")
-    rate = optimizer.get("learning_rate")
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
-        raise ConfigurationError(f"optimizer.learning_rate={shown(rate)}: expected a number, not negative.")
-    check_targets(optimizer, "optimizer")
-    settings = {name: value for name, value in optimizer.items() if name != "learning_rate"}
-    transform = instantiate({**settings, "_partial_": True})
-    if schedule is not None:
-        if "_target_" not in schedule:
-            raise ConfigurationError("schedule has no _target_. Expected an option such as schedule=cosine.")
-        check_targets(_in_steps(schedule, 1), "schedule")
-
-    def spec(estimated_steps: int | float) -> Any:
-        from nnx_fit.optimizers import OptimizerSpec
-
-        value = float(rate) if schedule is None else instantiate(_in_steps(schedule, estimated_steps))
-        return OptimizerSpec(functools.partial(_with_rate, transform), schedule=value)
-
-    return spec
-
-
-def _with_rate(transform: Callable[..., Any], learning_rate: Any) -> Any:
-    return transform(learning_rate=learning_rate)
-
-
-def _in_steps(schedule: dict[str, Any], estimated_steps: int | float) -> dict[str, Any]:
-    """Turns the shares of the run into numbers of steps, in every argument whose name ends in `_steps`."""
-    counted = dict(schedule)
-    for name, value in schedule.items():
-        if isinstance(value, dict):
-            counted[name] = _in_steps(value, estimated_steps)
-        elif name.endswith("_steps") and isinstance(value, float):
-            if not 0.0 <= value <= 1.0:
-                raise ConfigurationError(
-                    f"schedule.{name}={value}: expected a number of steps (int) or a share of the run (float, 0 to 1)."
-                )
-            if estimated_steps == float("inf"):
-                raise ConfigurationError(
-                    f"schedule.{name}={value} is a share of the run, whose length is unknown.\n"
-                    f"Fix: trainer.max_epochs=... or trainer.max_steps=..., or schedule.{name}=<number of steps>."
-                )
-            counted[name] = round(value * estimated_steps)
-    return counted

@@ -8,13 +8,14 @@ state. Running statistics are float32 in either.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nnx_fit.state import graph
+from nnx_fit.state.guard import written
 from nnx_fit.state.layout import Layout, is_array, raw_value
 
 # The loss scale of float16, as PyTorch's GradScaler moves it: halved when a gradient overflows, doubled after so many
@@ -71,6 +72,30 @@ class Precision:
             return list(arrays)
         short = {i for role in ("params", "frozen") for i in layout.positions(role)} - but
         return [self._short(array) if i in short else array for i, array in enumerate(arrays)]
+
+    def written_short(
+        self,
+        layout: Layout,
+        exact: Sequence[Any],
+        given: Sequence[Any],
+        after: Sequence[Any],
+        again: Callable[[list[Any]], list[Any]],
+    ) -> frozenset[int]:
+        """Positions of frozen arrays that a step sees in a short dtype and writes, such as a target network's mean.
+
+        What is written so is too fine for a short dtype: the step is to see these as they are.
+
+        Args:
+            layout: Where each leaf is in the list.
+            exact: The arrays as they are kept.
+            given: The same as the step saw them.
+            after: The same after the step.
+            again: The step as a function of the list.
+        """
+        short = {i for i, (one, other) in enumerate(zip(given, exact, strict=True)) if one is not other}
+        frozen = [slot for slot in layout.slots if slot.role == "frozen" and slot.start in short]
+        found = written(frozen, given, after, again) if frozen else []
+        return frozenset(i for slot in found for i in range(slot.start, slot.stop))
 
     @staticmethod
     def restored(exact: Sequence[Any], given: Sequence[Any], after: Sequence[Any]) -> list[Any]:

@@ -12,11 +12,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import TraceContextError
 
 from nnx_fit.data.batches import batch_size
 from nnx_fit.errors import ConfigurationError
-from nnx_fit.hooks import StepHooks
 from nnx_fit.metrics.capture import Capture, MetricSpec
+from nnx_fit.metrics.objects import LoggedMetric
 from nnx_fit.programs.update import check_gradients
 from nnx_fit.scope import StepScope, entered
 from nnx_fit.state import graph
@@ -47,11 +48,13 @@ class StepResult:
         output: What it returned.
         metrics: (value, weight) of each logged name, traced.
         specs: How each logged name is treated.
+        objects: Logged metric objects by name, traced.
     """
 
     output: Any
     metrics: dict[str, tuple[Any, Any]]
     specs: dict[str, MetricSpec]
+    objects: dict[str, LoggedMetric] = dataclasses.field(default_factory=dict)
 
 
 def run_hook(
@@ -64,6 +67,7 @@ def run_hook(
     dataloader_idx: int = 0,
     guard: Guard = "error",
     reads: set[str] | None = None,
+    optimization: Any = None,
 ) -> StepResult:
     """Calls a step hook on a merged module, in its mode and scope.
 
@@ -77,35 +81,41 @@ def run_hook(
         dataloader_idx: Which of several loaders the batch comes from.
         guard: What to do about Python side effects.
         reads: Takes the names of the plain attributes that the step reads.
+        optimization: The optimizers of a step that updates by itself.
     """
     attributes = Attributes(module)
     why = f"A mean over the epoch is weighted by it; it was asked for by self.log in {hook}."
     inputs = [*_values(module), batch, counters]
-    capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(size_of, module, batch, why), inputs)
-    scope = StepScope(hook, stage, module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
+    capture = Capture(hook, LOG_DEFAULTS[hook], functools.partial(size_of, module, batch, why), inputs, module)
+    counts = (counters[STEP], counters[EPOCH], counters[BATCH])
+    scope = StepScope(hook, stage, module, origin, *counts, capture, optimization)
     names = set() if reads is None else reads
     try:
         with entered(scope), filled(module, training=stage == "train"), recorded(module, names):
             output = _call(getattr(module, hook), batch, counters[BATCH], dataloader_idx)
-    except BaseException:
+    except BaseException as error:
         attributes.restore()
+        if isinstance(error, TraceContextError):
+            error.add_note(
+                f"({hook} wrote an nnx.Variable or nnx.Metric that is no part of {type(origin).__name__}, or one of an "
+                "outer function in a transform of its own. Fix: make it an attribute of the module in `__init__`.)"
+            )
         raise
     attributes.check(hook, guard)
-    return StepResult(output, capture.values(), capture.specs())
+    return StepResult(output, capture.values(), capture.specs(), capture.objects)
 
 
-def loss_of(output: Any, parameters: Any, owner: str) -> tuple[jax.Array, dict[str, Any]]:
+def loss_of(output: Any, parameters: Any, hook: str) -> tuple[jax.Array, dict[str, Any]]:
     """The loss and the other outputs of a training step.
 
     Args:
-        output: What `training_step` returned.
+        output: What the step returned.
         parameters: The traced parameters it was differentiated for.
-        owner: Name of the module's class, for messages.
+        hook: Name of the step, for messages.
 
     Raises:
         ConfigurationError: There is no loss, it is no scalar, or it cannot be differentiated.
     """
-    hook = f"{owner}.training_step"
     if output is None:
         raise ConfigurationError(
             f"{hook} returned nothing, so there is no loss to minimize.\n"
@@ -141,26 +151,36 @@ def loss_of(output: Any, parameters: Any, owner: str) -> tuple[jax.Array, dict[s
     return jnp.asarray(loss), extras
 
 
+def extras_of(output: Any) -> tuple[Any, dict[str, Any]]:
+    """The loss, for the check of finite values, and the outputs of a step that updates by itself: it owes none."""
+    if isinstance(output, Mapping):
+        return jnp.asarray(output.get("loss", 0.0)), dict(output)
+    if output is None:
+        return jnp.float32(0), {}
+    if isinstance(output, tuple | list) or jnp.ndim(output):
+        raise ConfigurationError(
+            f"training_step returned a {type(output).__name__}; one that optimizes by itself returns nothing, a "
+            'scalar, or a dict.\nFix: return a dict, which on_train_batch_end gets: {"loss": loss, "images": images}.'
+        )
+    return jnp.asarray(output), {"loss": output}
+
+
 def _depends_on(loss: Any, parameters: Any) -> bool:
     """Whether the loss is a tracer of the differentiation that the parameters are in."""
     traces = {id(leaf._trace) for leaf in jax.tree.leaves(parameters) if isinstance(leaf, jax.core.Tracer)}
     return not traces or (isinstance(loss, jax.core.Tracer) and id(loss._trace) in traces)
 
 
-def overrides_gradients(module: Any) -> bool:
-    """Whether a module has an `on_gradients` of its own."""
-    return type(module).on_gradients is not StepHooks.on_gradients
-
-
 def run_on_gradients(module: Any, origin: Any, grads: Any, counters: Any) -> StepResult:
     """Calls a merged module's `on_gradients`, in train mode and in a scope where it can log."""
     hook = "on_gradients"
     inputs = [*_values(module), grads, counters]
-    capture = Capture(hook, LOG_DEFAULTS[hook], lambda: 1, inputs)
+    capture = Capture(hook, LOG_DEFAULTS[hook], lambda: 1, inputs, module)
     scope = StepScope(hook, "train", module, origin, counters[STEP], counters[EPOCH], counters[BATCH], capture)
     with entered(scope), filled(module, training=True):
         output = module.on_gradients(grads)
-    return StepResult(check_gradients(type(origin).__name__, grads, output), capture.values(), capture.specs())
+    grads = check_gradients(type(origin).__name__, grads, output)
+    return StepResult(grads, capture.values(), capture.specs(), capture.objects)
 
 
 def _values(module: Any) -> list[Any]:

@@ -12,18 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from nnx_fit.errors import ConfigurationError
-from nnx_fit.metrics.capture import MetricSpec, MetricTable, TooManyMetrics
-from nnx_fit.metrics.reduction import empty
+from nnx_fit.metrics.capture import MetricTable, TooManyMetrics
+from nnx_fit.metrics.reduction import Accumulators, empty, grown, on_device
 from nnx_fit.optimizers import BoundOptimizer
+from nnx_fit.programs.live_optimizer import LiveOptimizer
+from nnx_fit.programs.metric_state import belongs, fresh
+from nnx_fit.programs.parts import Part, Parts
 from nnx_fit.programs.precision import first_scale
 from nnx_fit.programs.program import Program
+from nnx_fit.programs.step import STEP
 from nnx_fit.programs.train_options import TrainOptions
 from nnx_fit.programs.train_step import TrainStep
 from nnx_fit.programs.window import empty_window, widened
+from nnx_fit.state.graph import Path
 from nnx_fit.state.layout import Layout
 from nnx_fit.state.live import Live, copied
 
@@ -39,7 +43,7 @@ class TrainProgram:
         module: The live module, for messages and for what it is asked outside of a trace.
         graphdef: The module's graphdef in train mode.
         live: The module's values.
-        optimizer: The optimizer of its *params*.
+        optimizers: The optimizers of its *params*.
         options: What to compile for.
         predecessor: The program that this one takes the place of: its metrics, its counters, and its optimizer's state
             of what is trained by both go on.
@@ -58,19 +62,19 @@ class TrainProgram:
         module: Any,
         graphdef: nnx.GraphDef,
         live: Live,
-        optimizer: BoundOptimizer,
+        optimizers: Sequence[BoundOptimizer],
         options: TrainOptions,
         predecessor: TrainProgram | None = None,
     ):
         self._module = module
         self._live = live
         self._layout = live.layout
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._options = options
         self.table = MetricTable() if predecessor is None else predecessor.table
         _check_params(module, self._layout)
-        opt_state = optimizer.tx.init(self._layout.state("params", live.arrays))
-        leaves, self._opt_structure = jax.tree.flatten(opt_state)
+        self._parts = Parts(optimizers, self._layout, counted=options.manual)
+        leaves = jax.tree.leaves(self._parts.init(live.arrays))
         # Copied: an optimizer may keep the very parameters it was given, and both are donated.
         self._opt: list[Any] = copied([jnp.asarray(leaf) for leaf in leaves])
         self._window: list[Any] = []
@@ -78,10 +82,12 @@ class TrainProgram:
         self._scale = copied(first_scale()) if options.precision.scaled else []
         self.skipped = False
         self.set_counters(0, 0, 0)
-        self.reset_accumulators()
-        self._step = TrainStep(module, graphdef, self._layout, optimizer, self._opt_structure, self.table, options)
+        self._stepped = False
+        self._accumulators = on_device(empty(self.table))
+        self._step = TrainStep(module, graphdef, self._layout, self._parts, self.table, options)
         step, compiled = self._step, options.compiled
-        self._whole = Program("The train step", step.whole, self.table, compiled=compiled)
+        whole = step.manual if options.manual else step.whole
+        self._whole = Program("The train step", whole, self.table, compiled=compiled)
         self._closing = Program("The train step", step.closing, self.table, compiled=compiled)
         self._adding = Program("The accumulation step", step.adding, self.table, compiled=compiled)
         self._in_flight: collections.deque[Any] = collections.deque()
@@ -92,7 +98,7 @@ class TrainProgram:
         """The program for a module that a hook changed, with what this one has learned."""
         for program in self._programs:
             program.sentinel.expect(cause)
-        return TrainProgram(self._module, graphdef, live, self._optimizer, self._options, self)
+        return TrainProgram(self._module, graphdef, live, self._optimizers, self._options, self)
 
     def _take_over(self, predecessor: TrainProgram) -> None:
         earlier, _ = jax.tree_util.tree_flatten_with_path(predecessor.optimizer_state)
@@ -101,12 +107,12 @@ class TrainProgram:
             self._opt[i] = _taken(known, jax.tree_util.keystr(path), leaf)
         if predecessor._filled:
             self._filled = True
-            sums, rest = predecessor._window[:-2], predecessor._window[-2:]
+            sums, rest = predecessor._window[:-3], predecessor._window[-3:]
             known = dict(zip(predecessor._layout.names("params"), sums, strict=True))
-            fresh = zip(self._layout.names("params"), self._empty_window()[:-2], strict=True)
+            fresh = zip(self._layout.names("params"), self._empty_window()[:-3], strict=True)
             self._window = [*(_taken(known, name, zeros) for name, zeros in fresh), *rest]
         self._counters, self._accumulators = predecessor._counters, predecessor._accumulators
-        self._scale = predecessor._scale
+        self._scale, self._stepped = predecessor._scale, predecessor._stepped
         for mine, theirs in zip(self._programs, predecessor._programs, strict=True):
             mine.sentinel = theirs.sentinel
 
@@ -136,11 +142,24 @@ class TrainProgram:
     @property
     def optimizer_state(self) -> Any:
         """The optimizer's state, live arrays: the next step donates them."""
-        return jax.tree.unflatten(self._opt_structure, self._opt)
+        return jax.tree.unflatten(self._parts.structure, self._opt)
 
     def set_optimizer_state(self, opt_state: Any) -> None:
         """Takes over another optimizer state of the same structure."""
-        self._opt = copied(self._opt_structure.flatten_up_to(opt_state))
+        self._opt = copied(self._parts.structure.flatten_up_to(opt_state))
+
+    @property
+    def optimizers(self) -> list[LiveOptimizer]:
+        """The optimizers, for host hooks."""
+        return [self._live_optimizer(name, part) for name, part in self._parts.each.items()]
+
+    def _live_optimizer(self, name: str, part: Part) -> LiveOptimizer:
+        def write(state: Any) -> None:
+            self._opt = jax.tree.leaves(self._parts.assembled({**self._parts.by_name(self._opt), name: state}))
+
+        return LiveOptimizer(
+            part, lambda: int(self._counters[STEP]), lambda: self._parts.by_name(self._opt)[name], write
+        )
 
     @property
     def window(self) -> list[Any]:
@@ -165,26 +184,44 @@ class TrainProgram:
         self._counters = jnp.array([global_step, epoch, batch_idx], jnp.int32)
 
     @property
-    def accumulators(self) -> Any:
+    def accumulators(self) -> Accumulators:
         """The epoch's metrics so far, a copy that the next step does not donate."""
-        return jnp.copy(self._accumulators)
+        return on_device(self._accumulators)
 
-    def reset_accumulators(self, values: Any = None) -> None:
-        """Starts a new epoch of metrics, or continues one."""
-        self._accumulators = jnp.asarray(empty(self.table.capacity) if values is None else values).copy()
+    def reset_accumulators(self) -> None:
+        """Starts a new epoch of metrics: also those `nnx.Metric`s start over that the step logs."""
+        self._accumulators = on_device(empty(self.table))
+        self._reset_metrics(self.table.paths)
 
-    def restore_metrics(self, specs: Sequence[Mapping[str, Any]], accumulators: np.ndarray) -> None:
+    def restore_metrics(self, table: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Continues an epoch's metrics.
 
         Args:
-            specs: The metrics in order of their places, as plain dicts.
-            accumulators: Their accumulators.
+            table: Which there are, as `MetricTable.state_dict` gave it.
+            arrays: What they came to, as `Accumulators.named` gave it.
         """
-        while self.table.capacity < accumulators.shape[1]:
-            self.table.grow()
-        for spec in specs:
-            self.table.place(MetricSpec(**spec))
-        self.reset_accumulators(np.pad(accumulators, ((0, 0), (0, self.table.capacity - accumulators.shape[1]))))
+        self.table.load_state_dict(table)
+        self._accumulators = on_device(grown(Accumulators.from_named(arrays), self.table))
+        self._stepped = True
+
+    def metrics(self) -> dict[str, list[Any]]:
+        """What the `nnx.Metric`s hold that the step logs: the arrays of each of their leaves by path."""
+        if not (paths := self.table.paths):
+            return {}
+        arrays = self._live.collect()
+        return {slot.name: arrays[slot.start : slot.stop] for slot in self._layout.slots if belongs(slot, paths)}
+
+    def set_metrics(self, values: Mapping[str, Sequence[Any]]) -> None:
+        """Gives them back what `metrics` gave."""
+        arrays = list(self._live.collect())
+        for slot in self._layout.slots:
+            if slot.name in values:
+                arrays[slot.start : slot.stop] = copied(values[slot.name])
+        self._live.replace(arrays)
+
+    def _reset_metrics(self, paths: Sequence[Path]) -> None:
+        if paths:
+            self.set_metrics(fresh(self._layout, self.graphdef, self._live.collect(), paths))
 
     def run(self, batch: Any, step: int, updates: bool = True) -> tuple[Any, Any]:
         """Dispatches one step; returns its packed metrics and outputs without waiting for them.
@@ -197,6 +234,11 @@ class TrainProgram:
         Raises:
             NonFiniteError: `detect_nonfinite` is on and a value is not finite.
         """
+        if not updates and self._options.manual:
+            raise ConfigurationError(
+                "Gradients cannot be accumulated with `automatic_optimization = False`: the step itself decides when "
+                "to update.\nFix: wrap the optimizer in optax.MultiSteps, and leave accumulate_grad_batches at 1."
+            )
         if not updates and not self._window:
             self._window = self._empty_window()
         program = self._program(updates)
@@ -206,6 +248,7 @@ class TrainProgram:
         except TooManyMetrics:
             self._grow()
             return self.run(batch, step, updates)
+        self._stepped = True
         after = self._step.split(carried)
         self._live.arrays, self._opt, self._scale = after.arrays, after.opt, after.scale
         self._counters, self._accumulators = after.counters, after.accumulators
@@ -236,9 +279,11 @@ class TrainProgram:
         return empty_window(jax.tree.leaves(self._layout.state("params", self._live.arrays)), self.table.capacity)
 
     def _grow(self) -> None:
-        old = np.asarray(self._accumulators)
         self.table.grow()
-        self._accumulators = jnp.asarray(np.pad(old, ((0, 0), (0, self.table.capacity - old.shape[1]))))
+        new = [spec.path for name, spec in self.table.objects.items() if name not in self._accumulators.objects]
+        self._accumulators = on_device(grown(self._accumulators, self.table))
+        if not self._stepped:  # what they hold is from before this fit, or from its sanity check
+            self._reset_metrics([path for path in new if path is not None])
         self._window = widened(self._window, self.table.capacity)
 
 

@@ -6,7 +6,6 @@ gradients to the window of accumulation instead.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,35 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nnx_fit.errors import ConfigurationError
-from nnx_fit.metrics.capture import MetricSpec, MetricTable, make_spec, scalar
+from nnx_fit.hooks import overrides_gradients
+from nnx_fit.metrics.capture import MetricTable
 from nnx_fit.metrics.reduction import accumulate, with_latest
-from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.programs import window as windows
 from nnx_fit.programs.health import Health
+from nnx_fit.programs.logged import Logged
+from nnx_fit.programs.manual import ManualOptimization
+from nnx_fit.programs.parts import Parts
 from nnx_fit.programs.precision import all_finite, kept_unless, next_scale
-from nnx_fit.programs.step import STEP, StepResult, loss_of, overrides_gradients, run_hook, run_on_gradients, size_of
+from nnx_fit.programs.step import STEP, StepResult, extras_of, loss_of, run_hook, run_on_gradients, size_of
 from nnx_fit.programs.train_options import StepView, TrainOptions
-from nnx_fit.programs.update import clipped, updated
+from nnx_fit.programs.update import clipped
 from nnx_fit.state.guard import by_design, report_train, written
 from nnx_fit.state.layout import Layout
-
-
-@dataclasses.dataclass
-class Logged:
-    """What a step logs: (value, weight) of each name, and how the name is treated."""
-
-    values: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-    specs: dict[str, MetricSpec] = dataclasses.field(default_factory=dict)
-
-    def add(self, result: StepResult) -> None:
-        """Takes over what another hook of the step logged."""
-        for name, spec in result.specs.items():
-            if name in self.specs:
-                raise ConfigurationError(
-                    f"self.log({name!r}, ...) was called in training_step and in on_gradients. Fix: rename one of them."
-                )
-            self.values[name], self.specs[name] = result.metrics[name], spec
 
 
 class Carried(NamedTuple):
@@ -79,8 +63,7 @@ class TrainStep:
         module: The live module, for messages and for what it is asked outside of a trace.
         graphdef: The module's graphdef in train mode.
         layout: Where each leaf is in the list of the module's arrays.
-        optimizer: The optimizer of its *params*.
-        opt_structure: Structure of its state.
+        parts: The optimizers of its *params*, initialised.
         table: Places of the metrics.
         options: What to compile for.
 
@@ -94,16 +77,14 @@ class TrainStep:
         module: Any,
         graphdef: nnx.GraphDef,
         layout: Layout,
-        optimizer: BoundOptimizer,
-        opt_structure: Any,
+        parts: Parts,
         table: MetricTable,
         options: TrainOptions,
     ):
         self._module = module
         self.graphdef = graphdef
         self._layout = layout
-        self._optimizer = optimizer
-        self._opt_structure = opt_structure
+        self._parts = parts
         self._table = table
         self._options = options
         self.health = Health()
@@ -116,6 +97,37 @@ class TrainStep:
         """A step that updates, from the batches of a window of which this is the last."""
         return self._step(carried, batch, windowed=True, updates=True)
 
+    def manual(self, carried: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        """A step that calls its optimizers by itself."""
+        layout, options = self._layout, self._options
+        before, opt_leaves, _, _, counters, _ = parts = self.split(carried)
+        module = layout.merge(self.graphdef, before)
+        steps = ManualOptimization(module, layout, self._parts, opt_leaves, options.precision, options.guard)
+        watch = {"guard": options.guard, "reads": options.reads, "optimization": steps}
+        seen = options.precision.batch(batch)
+        result = run_hook("training_step", "train", module, self._module, seen, counters, **watch)
+        after = layout.arrays_of(module, step="training_step")
+        steps.check_used(f"{type(self._module).__name__}.training_step")
+        logged = Logged(dict(result.metrics), dict(result.specs), dict(result.objects))
+        old, new, grads = layout.state("params", before), layout.state("params", after), steps.all_grads(before)
+        view = StepView(
+            params=old,
+            grads=grads,
+            updates=jax.tree.map(jnp.subtract, new, old),
+            new_params=new,
+            learning_rates=steps.learning_rates,
+            hyperparams=steps.hyperparams,
+            step=counters[STEP],
+        )
+        logged.monitor(view, options.monitors)
+        packed = self._table.pack(logged.values, logged.specs)
+        loss, extras = extras_of(result.output)
+        finite = self._finite(loss, logged.values, grads, after) if options.detect_nonfinite else None
+        accumulators = accumulate(parts.accumulators, packed, self._table, logged.objects)
+        outputs = extras if options.outputs else None
+        carried = [*after, *steps.opt, counters + _BATCHES + _STEPS, accumulators]
+        return carried, (with_latest(packed, accumulators), outputs, finite, None)
+
     def adding(self, carried: list[Any], batch: Any) -> tuple[list[Any], Any]:
         """A step that adds its gradients to a window and updates nothing but the other state."""
         return self._step(carried, batch, windowed=True, updates=False)
@@ -123,7 +135,7 @@ class TrainStep:
     def split(self, carried: Sequence[Any]) -> Carried:
         """The parts of the flat list that a step takes and returns."""
         opt_start = self._layout.size
-        window_start = opt_start + self._opt_structure.num_leaves
+        window_start = opt_start + self._parts.structure.num_leaves
         scale_start = len(carried) - 2 - 2 * self._options.precision.scaled
         return Carried(
             list(carried[:opt_start]),
@@ -138,18 +150,19 @@ class TrainStep:
         layout, scaled = self._layout, self._options.precision.scaled
         arrays, opt_leaves, window, scale, counters, accumulators = self.split(carried)
         loss, grads, after, logged, extras = self._backward(arrays, batch, counters, scale)
-        batch_names, size = list(logged.values), None
+        batch_names, size, mean_loss = list(logged.values), None, loss
         if windowed:
             leaves, structure = jax.tree.flatten(grads)
             size = size_of(self._module, batch, "The gradients of a window are weighted by it.")
-            window = windows.with_gradients(window, leaves, size)
+            window = windows.with_gradients(window, leaves, loss, size)
             if updates:
-                grads = jax.tree.unflatten(structure, windows.mean_gradients(window, leaves))
+                leaves, mean_loss = windows.mean_gradients(window, leaves)
+                grads = jax.tree.unflatten(structure, leaves)
         before = layout.state("params", self._updated_from(arrays, after))
         params, counted = before, None
         if updates:
             grads, after = self._on_gradients(grads, after, counters, logged)
-            params, new_opt_leaves = self._update(grads, opt_leaves, before, counters, logged)
+            params, new_opt_leaves = self._update(grads, opt_leaves, before, counters, logged, mean_loss)
             if scaled:
                 counted = all_finite(grads)
                 params = jax.tree.map(lambda new, old: jnp.where(counted, new, old), params, before)
@@ -161,7 +174,7 @@ class TrainStep:
         new_arrays = layout.put("params", after, params)
         finite = self._finite(loss, logged.values, grads, new_arrays) if self._options.detect_nonfinite else None
         new_counters = counters + _BATCHES + _STEPS * (int(updates) if counted is None else counted.astype(jnp.int32))
-        new_accumulators = accumulate(accumulators, packed, self._table)
+        new_accumulators = accumulate(accumulators, packed, self._table, logged.objects)
         if windowed:
             window = windows.with_metrics(window, packed, self._table.are(batch_names), size)
             if updates:
@@ -188,33 +201,24 @@ class TrainStep:
             exact = layout.put("params", arrays, params)
             given = precision.arrays(layout, exact)
             result, after = forward(given)
-            if own := self._written_frozen(given, exact, after, forward):
-                # What a step writes itself, such as the mean of a target network, is too fine for a short dtype.
+            if own := precision.written_short(layout, exact, given, after, lambda arrays: forward(arrays)[1]):
                 given = precision.arrays(layout, exact, own)
                 result, after = forward(given)
-            loss, extras = loss_of(result.output, params, type(self._module).__name__)
+            loss, extras = loss_of(result.output, params, f"{type(self._module).__name__}.training_step")
             self._check_written(given, after, lambda arrays: forward(arrays)[1])
             logged.specs.update(result.specs)
             if precision.compute is not None:
                 loss = loss.astype(jnp.float32)
             after = precision.restored(arrays, given, after)
-            return loss * scale[0] if scale else loss, (loss, after, result.metrics, extras)
+            return loss * scale[0] if scale else loss, (loss, after, result.metrics, result.objects, extras)
 
         (_, found), grads = jax.value_and_grad(objective, has_aux=True)(layout.state("params", arrays))
-        loss, after, metrics, extras = found
+        loss, after, metrics, objects, extras = found
         logged.values.update(metrics)
+        logged.objects.update(objects)
         if scale:
             grads = jax.tree.map(lambda gradient: (gradient / scale[0]).astype(gradient.dtype), grads)
         return loss, grads, after, logged, extras
-
-    def _written_frozen(
-        self, given: list[Any], exact: list[Any], after: list[Any], forward: Callable[[list[Any]], Any]
-    ) -> frozenset[int]:
-        """Positions of frozen arrays that the step sees in a short dtype and writes."""
-        short = {i for i, (one, other) in enumerate(zip(given, exact, strict=True)) if one is not other}
-        frozen = [slot for slot in self._layout.slots if slot.role == "frozen" and slot.start in short]
-        found = written(frozen, given, after, lambda arrays: forward(arrays)[1]) if frozen else []
-        return frozenset(i for slot in found for i in range(slot.start, slot.stop))
 
     def _statistics_unless(self, finite: jax.Array, new: list[Any], old: list[Any]) -> list[Any]:
         """The arrays with the running statistics of a step whose gradients overflowed as they were."""
@@ -235,31 +239,22 @@ class TrainStep:
         return result.output, self._layout.arrays_of(module, step="on_gradients")
 
     def _update(
-        self, grads: nnx.State, opt_leaves: list[Any], params: nnx.State, counters: Any, logged: Logged
+        self, grads: nnx.State, opt_leaves: list[Any], params: nnx.State, counters: Any, logged: Logged, loss: Any
     ) -> tuple[nnx.State, list[Any]]:
-        """The parameters and the arrays of the optimizer after an update."""
+        """The parameters and the arrays of the optimizers after an update."""
         used = clipped(grads, self._options.clip, self._options.clip_algorithm)
-        made = updated(self._optimizer.tx, used, opt_leaves, self._opt_structure, params)
-        rate = self._optimizer.learning_rate(made.opt_state, counters[STEP])
+        made = self._parts.update(used, opt_leaves, params, counters[STEP], loss)
         view = StepView(
             params=params,
             grads=grads,
             updates=made.updates,
             new_params=made.params,
-            learning_rates={} if rate is None else {self._optimizer.name: rate},
+            learning_rates=made.learning_rates,
+            hyperparams=made.hyperparams,
             step=counters[STEP],
         )
-        own = set(logged.specs)
-        for monitor in self._options.monitors:
-            for name, value in monitor(view).items():
-                if name in own:
-                    raise ConfigurationError(
-                        f"{name!r} is logged by the step and by a callback of this run.\n"
-                        "Fix: rename yours in self.log, or leave out the callback."
-                    )
-                logged.values[name] = (scalar(name, value), jnp.float32(1))
-                logged.specs[name] = make_spec(name, (True, False))
-        return made.params, made.opt_leaves
+        logged.monitor(view, self._options.monitors)
+        return made.params, made.opt
 
     def _check_written(self, before: list[Any], after: list[Any], again: Callable[[list[Any]], list[Any]]) -> None:
         """Tells of trained parameters that the step wrote by hand."""

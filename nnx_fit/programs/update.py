@@ -1,9 +1,8 @@
-"""From gradients to new parameters: the user's `on_gradients`, clipping, and the optimizer's update."""
+"""What happens to gradients before an optimizer gets them: the user's `on_gradients`, and clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,40 +49,6 @@ def check_gradients(owner: str, given: Any, returned: Any) -> Any:
                 f"to {jnp.shape(new)}. Fix: return one of the parameter's own shape."
             )
     return jax.tree.map(keep_dtype, returned, given)
-
-
-class Update(NamedTuple):
-    """What an optimizer made of gradients; dtypes are as they were.
-
-    Attributes:
-        updates: What is added to the parameters.
-        params: The new parameters.
-        opt_state: The new state.
-        opt_leaves: Its arrays.
-    """
-
-    updates: Any
-    params: Any
-    opt_state: Any
-    opt_leaves: list[Any]
-
-
-def updated(
-    tx: optax.GradientTransformation, grads: Any, opt_leaves: Sequence[Any], structure: Any, params: Any
-) -> Update:
-    """One update of an optimizer.
-
-    Args:
-        tx: The optimizer.
-        grads: Gradients.
-        opt_leaves: The arrays of its state.
-        structure: Their structure.
-        params: Parameters.
-    """
-    updates, opt_state = tx.update(grads, jax.tree.unflatten(structure, opt_leaves), params)
-    new_params = jax.tree.map(keep_dtype, optax.apply_updates(params, updates), params)
-    leaves = [keep_dtype(new, old) for new, old in zip(structure.flatten_up_to(opt_state), opt_leaves, strict=True)]
-    return Update(updates, new_params, opt_state, leaves)
 
 
 def keep_dtype(new: Any, old: Any) -> Any:

@@ -1,7 +1,7 @@
 """The accumulation window: gradients and step metrics of the batches since the last update.
 
-It is a flat list that the train program carries and donates: a weighted sum for each gradient, the sum of the weights
-(batch sizes), and the weighted sums of the step's metrics with theirs, shape `(2, capacity)`.
+It is a flat list that the train program carries and donates: a weighted sum for each gradient and for the loss, the sum
+of the weights (batch sizes), and the weighted sums of the step's metrics with theirs, shape `(2, capacity)`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def empty_window(params: Sequence[Any], capacity: int) -> list[jax.Array]:
     """
     # Sums of short floats are kept in float32.
     sums = [jnp.zeros(param.shape, jnp.promote_types(param.dtype, jnp.float32)) for param in params]
-    return [*sums, jnp.zeros(()), jnp.zeros((2, capacity))]
+    return [*sums, jnp.zeros(()), jnp.zeros(()), jnp.zeros((2, capacity))]
 
 
-def with_gradients(window: Sequence[Any], gradients: Sequence[Any], size: Any) -> list[jax.Array]:
-    """The window with the gradients of one batch more, of `size` examples."""
+def with_gradients(window: Sequence[Any], gradients: Sequence[Any], loss: Any, size: Any) -> list[jax.Array]:
+    """The window with the gradients and the loss of one batch more, of `size` examples."""
     *sums, weight, metrics = window
     size = jnp.asarray(size, jnp.float32)
-    pairs = zip(sums, gradients, strict=True)
+    pairs = zip(sums, [*gradients, loss], strict=True)
     return [*(total + one.astype(total.dtype) * size for total, one in pairs), weight + size, metrics]
 
 
-def mean_gradients(window: Sequence[Any], like: Sequence[Any]) -> list[jax.Array]:
-    """The mean gradients of the window, weighted by batch size, in the dtypes of `like`."""
-    *sums, weight, _ = window
-    return [(total / weight).astype(one.dtype) for total, one in zip(sums, like, strict=True)]
+def mean_gradients(window: Sequence[Any], like: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
+    """The mean gradients and loss of the window, weighted by batch size, the gradients in the dtypes of `like`."""
+    *sums, loss, weight, _ = window
+    return [(total / weight).astype(one.dtype) for total, one in zip(sums, like, strict=True)], loss / weight
 
 
 def with_metrics(window: Sequence[Any], packed: jax.Array, places: np.ndarray, size: Any) -> list[jax.Array]:

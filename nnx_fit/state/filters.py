@@ -60,7 +60,28 @@ class Edited:
 
 def with_edits_of(base: Any, own: Any) -> Any:
     """A filter with what was frozen and unfrozen in another one: who trains what does not undo a `freeze`."""
+    if isinstance(base, Parts):
+        return Parts(base.filters, getattr(own, "edits", ()))
     return Edited(hashable(base), own.edits) if isinstance(own, Edited) else base
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What several optimizers train: each of the filters by itself, as if there were no other.
+
+    Attributes:
+        filters: One for each optimizer.
+        edits: What was frozen and unfrozen, as in `Edited`; nothing that is unfrozen goes to an optimizer that did not
+            ask for it.
+    """
+
+    filters: tuple[Any, ...]
+    edits: tuple[tuple[bool, Any], ...] = ()
+
+    @property
+    def each(self) -> tuple[Any, ...]:
+        """The filter of each optimizer with the edits."""
+        return tuple(nnx.All(one, Edited(one, self.edits)) if self.edits else one for one in self.filters)
 
 
 def hashable(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,7 +18,8 @@ from flax import nnx
 
 from nnx_fit.errors import StateError
 from nnx_fit.state import graph, keys
-from nnx_fit.state.filters import check_edits, matches, names_type_of
+from nnx_fit.state.filters import Parts, check_edits, matches, names_type_of
+from nnx_fit.state.view import View
 
 Role = Literal["params", "frozen", "stats", "rngs"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -41,6 +42,7 @@ class Slot:
         shapes: Shape and dtype of each array.
         impls: For each array the generator of its PRNG keys, or `None` where it holds none. The flat list has the
             keys' data in its place.
+        takers: Which of the optimizers want to train it, where there are several.
     """
 
     path: graph.Path
@@ -52,6 +54,7 @@ class Slot:
     statics: tuple[Any, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     impls: tuple[Any, ...]
+    takers: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,6 +82,11 @@ class Slot:
         rest = iter(self.typed(arrays))
         leaves = [next(rest) if static is _ARRAY else static for static in self.statics]
         return jax.tree.unflatten(self.treedef, leaves)
+
+    def nested(self, arrays: Iterable[Any]) -> Any:
+        """These arrays in the structure of its value, with nothing where that holds no array."""
+        inside = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(inside) if s is _ARRAY else None for s in self.statics])
 
     def parts(self, raw: Any) -> list[Any] | None:
         """The arrays in a value of the Variable, or `None` if it differs in anything but its arrays."""
@@ -133,10 +141,19 @@ def role_of(leaf: Any, paths: Sequence[graph.Path], trainable: Any) -> Role:
         return "rngs"
     if not isinstance(leaf, nnx.Variable):
         return "stats"
+    if isinstance(trainable, Parts):
+        roles: list[Role] = [role_of(leaf, paths, each) for each in trainable.each]
+        return "params" if "params" in roles else roles[0]
     eligible = isinstance(leaf, nnx.Param) or names_type_of(trainable, leaf)
     if eligible and matches(trainable, paths, leaf):
         return "params"
     return "frozen" if isinstance(leaf, nnx.Param) else "stats"
+
+
+def takers_of(leaf: Any, paths: Sequence[graph.Path], trainable: Any) -> tuple[int, ...]:
+    """Which of several optimizers would train one graph leaf."""
+    filters = trainable.each if isinstance(trainable, Parts) else ()
+    return tuple(i for i, each in enumerate(filters) if role_of(leaf, paths, each) == "params")
 
 
 class Layout:
@@ -151,10 +168,7 @@ class Layout:
         self.slots = tuple(slots)
         self.size = self.slots[-1].stop if self.slots else 0
         self._paths = [slot.path for slot in self.slots]
-        self._orders: dict[Role, tuple[Any, list[int]]] = {}
-        for role in ROLES:
-            positions = self._nest(role, [*range(self.size)])
-            self._orders[role] = (jax.tree.structure(positions), jax.tree.leaves(positions))
+        self._views = {role: View([slot for slot in self.slots if slot.role == role]) for role in ROLES}
 
     @classmethod
     def of(cls, module: nnx.Module, trainable: Any = nnx.Param) -> Layout:
@@ -171,8 +185,8 @@ class Layout:
             shapes = tuple(_shape(value) for value in values if is_array(value))
             impls = tuple(keys.implementation(value) for value in values if is_array(value))
             kind = type(leaf) if isinstance(leaf, nnx.Variable) else jax.Array
-            role = role_of(leaf, paths, trainable)
-            slots.append(Slot(path, paths, kind, role, start, treedef, statics, shapes, impls))
+            role, takers = role_of(leaf, paths, trainable), takers_of(leaf, paths, trainable)
+            slots.append(Slot(path, paths, kind, role, start, treedef, statics, shapes, impls, takers))
             start += len(shapes)
         return cls(slots)
 
@@ -221,30 +235,19 @@ class Layout:
 
     def state(self, role: Role, arrays: Sequence[Any]) -> nnx.State:
         """The arrays of a role as a pure `nnx.State` (arrays as leaves), the form Optax is given."""
-        treedef, order = self._orders[role]
-        return jax.tree.unflatten(treedef, [arrays[i] for i in order])
+        return self._views[role].state(arrays)
 
     def put(self, role: Role, arrays: Sequence[Any], state: nnx.State) -> list[Any]:
         """A copy of the flat list in which the arrays of a role come from a pure State."""
-        treedef, order = self._orders[role]
-        replaced = list(arrays)
-        for position, value in zip(order, treedef.flatten_up_to(state), strict=True):
-            replaced[position] = value
-        return replaced
+        return self._views[role].put(arrays, state)
 
     def names(self, role: Role) -> list[str]:
         """The dotted path of each leaf of `state(role, ...)`, in the order of its leaves."""
-        by_position = {i: slot.name for slot in self.slots for i in range(slot.start, slot.stop)}
-        return [by_position[i] for i in self._orders[role][1]]
+        return self._views[role].names
 
-    def _nest(self, role: Role, arrays: Sequence[Any]) -> nnx.State:
-        flat = []
-        for slot in self.slots:
-            if slot.role == role and slot.shapes:
-                inside = iter(arrays[slot.start : slot.stop])
-                values = [next(inside) if static is _ARRAY else None for static in slot.statics]
-                flat.append((slot.path, jax.tree.unflatten(slot.treedef, values)))
-        return nnx.from_flat_state(flat)
+    def view(self, role: Role) -> View:
+        """The arrays of a role, to look at."""
+        return self._views[role]
 
 
 def _shape(value: Any) -> jax.ShapeDtypeStruct:

@@ -151,21 +151,6 @@ def test_exception_in_a_step_shows_the_users_line(project_folder: Path, capsys: 
     assert "Traceback" in (project_folder / "outputs/broken/run.log").read_text()
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "warmup_cosine", "exponential", "onecycle"])
-def test_each_schedule_peaks_at_the_learning_rate(project_folder: Path, schedule: str) -> None:
-    from nnx_fit.cli import objects
-
-    cfg = OmegaConf.create(
-        {
-            "optimizer": {"_target_": "optax.sgd", "learning_rate": 0.25},
-            "schedule": OmegaConf.load(Path(main.__file__).parents[2] / "conf" / "schedule" / f"{schedule}.yaml"),
-        }
-    )
-    spec = objects._optimizer(OmegaConf.to_container(cfg, resolve=True))(200)  # type: ignore[index,arg-type]
-    rates = [float(spec.schedule(step)) for step in range(200)]
-    assert max(rates) == pytest.approx(0.25, rel=1e-3)
-
-
 def test_completion_works_behind_a_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("COMP_LINE", "nnx-fit test optimizer=s")
     assert main.run(["-sc", "query=bash"]) == 0

@@ -27,6 +27,15 @@ def test_the_quickstart_runs_and_learns(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("outputs/*/*/checkpoints/*"))
 
 
+@pytest.mark.slow
+def test_the_gan_reaches_every_spot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    program("examples/gan.py").main()
+    said = re.search(r"after 3000 steps the generator reaches (\d) of 8 spots; ([\d.]+)%", capsys.readouterr().out)
+    assert int(said[1]) == 8
+    assert float(said[2]) > 70
+
+
 @pytest.fixture
 def waves(monkeypatch):
     monkeypatch.syspath_prepend(str(PROJECT))
