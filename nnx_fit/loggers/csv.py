@@ -11,11 +11,12 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from nnx_fit.loggers.event_file import require_on_disk, write_all
 from nnx_fit.loggers.hyperparams import plain
 from nnx_fit.loggers.logger import Logger, Status
-from nnx_fit.loggers.run_directory import cannot_write, choose_run_directory, create_run_directory, report_if_taken
+from nnx_fit.loggers.run_directory import cannot_write, choose_run_directory, report_if_taken
 
 METRICS_FILE = "metrics.csv"
 HPARAMS_FILE = "hparams.yaml"
@@ -26,7 +27,8 @@ class CSVLogger(Logger):
 
     Values of one step that arrive in consecutive calls share a row; a name that was not logged at a step is empty
     there. A new name rewrites the file with the wider header, atomically. Every row has reached the operating system
-    when the call returns.
+    when the call returns. A write that fails (a full disk) loses no earlier row, and values of the same step are
+    written once it works again.
 
     Args:
         save_dir: The run's own directory, or the one under which runs are kept when `name` or `version` is given.
@@ -52,12 +54,14 @@ class CSVLogger(Logger):
         self._requested_version = version
         self._directory: Path | None = None
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
+        self._continues = False
         self._opened_before = False
         self._columns: list[str] = []
         self._row: dict[str, float] = {}
         self._row_step: int | None = None
         self._row_start = 0
+        self._written = b""
 
     @property
     def log_dir(self) -> Path:
@@ -78,94 +82,130 @@ class CSVLogger(Logger):
 
         Args:
             step: `global_step` of the checkpoint that the run continues from.
+
+        Raises:
+            ConfigurationError: The file cannot be written.
         """
-        self._opened_before = True
-        if self.metrics_file.exists():
-            columns, rows = self._read()
-            self._columns = columns
-            self._replace([row for row in rows if row and int(row[0]) <= step])
+        self._continues = True
+        try:
+            if self.metrics_file.exists():
+                columns, rows = self._read()
+                self._replace(columns, [row for row in rows if row and row[0].isdigit() and int(row[0]) <= step])
+        except OSError as error:
+            raise cannot_write(self.metrics_file, type(self).__name__, error) from error
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records scalars of one step."""
         if not metrics:
             return
         with self._lock:
-            if self._file is None:
-                self._open()
+            self._require_file()
             if step != self._row_step:
                 self._row, self._row_step = {}, step
-                self._row_start = self._open_file.seek(0, os.SEEK_END)
+                self._row_start, self._written = self._open_file.seek(0, os.SEEK_END), b""
             self._row.update((name, float(value)) for name, value in metrics.items())
-            new = [name for name in metrics if name not in self._columns]
+            new = [name for name in self._row if name not in self._columns]
             if new:
                 self._widen(new)
-                return
-            # Written over the row's earlier, partial form in one go: a kill leaves one or the other.
-            self._open_file.seek(self._row_start)
-            self._open_file.write(_line(self._current_row()))
-            self._open_file.truncate()
-            self._open_file.flush()
+            else:
+                self._write_row()
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Records the run's settings."""
         import yaml
 
-        create_run_directory(self.log_dir, type(self).__name__)
         file = self.log_dir / HPARAMS_FILE
         text = yaml.safe_dump(plain(params), sort_keys=False, allow_unicode=True)
         try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
             _write_atomically(file, text.encode())
         except OSError as error:
+            if self._opened_before:
+                raise
             raise cannot_write(file, type(self).__name__, error) from error
 
     def flush(self) -> None:
         """Waits until everything has reached the disk itself."""
         with self._lock:
             if self._file is not None:
-                self._file.flush()
                 os.fsync(self._file.fileno())
 
     def finalize(self, status: Status) -> None:
         """Ends the record and closes the file."""
-        self.flush()
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+        try:
+            self.flush()
+        finally:
+            with self._lock:
+                self._close()
                 self._row_step = None
 
     @property
-    def _open_file(self) -> BinaryIO:
+    def _open_file(self) -> io.FileIO:
         assert self._file is not None
         return self._file
 
-    def _open(self) -> None:
-        create_run_directory(self.log_dir, type(self).__name__)
-        if not self._opened_before:
-            report_if_taken(self.log_dir, METRICS_FILE, type(self).__name__)
-        self._opened_before = True
+    def _require_file(self) -> None:
+        if self._file is None:
+            self._open()
+            return
         try:
+            require_on_disk(self._file, self.metrics_file)
+        except FileNotFoundError:  # the directory was removed: the next record begins it anew
+            self._close()
+            self._row_step = None
+            raise
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> None:
+        if not (self._opened_before or self._continues):
+            report_if_taken(self.log_dir, METRICS_FILE, type(self).__name__)
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
             if self.metrics_file.exists():
                 self._columns = self._read()[0]
             else:
-                self.metrics_file.write_bytes(_line(["step"]))
-            self._file = self.metrics_file.open("r+b")
+                self._columns = []
+                _write_atomically(self.metrics_file, _line(["step"]))
+            self._file = _opened(self.metrics_file)
         except OSError as error:
+            if self._opened_before:
+                raise
             raise cannot_write(self.metrics_file, type(self).__name__, error) from error
+        self._opened_before = True
+
+    def _write_row(self) -> None:
+        """Writes the current row over its earlier, partial form; where that fails, the earlier form is put back."""
+        line = _line(self._current_row())
+        file = self._open_file
+        try:
+            file.seek(self._row_start)
+            write_all(file, line)
+        except OSError:
+            file.seek(self._row_start)
+            write_all(file, self._written)
+            file.truncate()
+            raise
+        file.truncate()
+        self._written = line
 
     def _current_row(self) -> list[Any]:
         return [self._row_step, *(self._row.get(name, "") for name in self._columns)]
 
     def _widen(self, new: list[str]) -> None:
-        """Rewrites the file with more columns, the current row included."""
-        self._open_file.close()
-        self._file = None
+        """Replaces the file by one with more columns, once that is whole, the current row included."""
+        columns = [*self._columns, *new]
+        current = [self._row_step, *(self._row.get(name, "") for name in columns)]
         _, rows = self._read(self._row_start)
-        self._columns.extend(new)
-        current = self._current_row()
-        self._replace([*rows, current])
-        self._file = self.metrics_file.open("r+b")
-        self._row_start = self._file.seek(0, os.SEEK_END) - len(_line(current))
+        self._replace(columns, [*rows, current])
+        self._close()
+        self._columns = columns
+        self._file = _opened(self.metrics_file)
+        self._written = _line(current)
+        self._row_start = self._file.seek(0, os.SEEK_END) - len(self._written)
 
     def _read(self, end: int | None = None) -> tuple[list[str], list[list[str]]]:
         """The names in the header and the rows, of the first `end` bytes."""
@@ -173,9 +213,9 @@ class CSVLogger(Logger):
         header, *rows = list(csv.reader(io.StringIO(content.decode(), newline=""))) or [["step"]]
         return header[1:], rows
 
-    def _replace(self, rows: list[list[Any]]) -> None:
-        width = len(self._columns) + 1
-        lines = [["step", *self._columns], *(row + [""] * (width - len(row)) for row in rows)]
+    def _replace(self, columns: list[str], rows: list[list[Any]]) -> None:
+        width = len(columns) + 1
+        lines = [["step", *columns], *(row + [""] * (width - len(row)) for row in rows)]
         _write_atomically(self.metrics_file, b"".join(map(_line, lines)))
 
 
@@ -185,7 +225,16 @@ def _line(cells: list[Any]) -> bytes:
     return line.getvalue().encode()
 
 
+def _opened(file: Path) -> io.FileIO:
+    """A file to write to without a buffer, from which a failed write could come out later."""
+    return io.FileIO(file, "r+b")
+
+
 def _write_atomically(file: Path, content: bytes) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -32,6 +32,13 @@ def plain(value: Any) -> Any:
     return str(value) if qualname is None else f"{value.__module__}.{qualname}"
 
 
+def yaml_text(settings: Mapping[str, Any]) -> str:
+    """Nested settings as a Markdown block of YAML."""
+    import yaml
+
+    return f"```yaml\n{yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)}```"
+
+
 def flatten(params: Mapping[str, Any]) -> dict[str, str | bool | float | None]:
     """Nested settings as one level of dotted names: `{"optimizer": {"name": "adam"}}` -> `{"optimizer.name": "adam"}`.
 

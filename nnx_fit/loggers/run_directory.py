@@ -47,18 +47,6 @@ def report_if_taken(directory: Path, files: str, logger: str) -> None:
         )
 
 
-def create_run_directory(directory: Path, logger: str) -> None:
-    """Creates a run's directory.
-
-    Raises:
-        ConfigurationError: The directory cannot be created.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(directory, logger, error) from error
-
-
 def cannot_write(path: Path, logger: str, error: OSError) -> ConfigurationError:
     """The one error for a place that cannot be written to."""
     return ConfigurationError(

@@ -1,37 +1,41 @@
 """`TensorBoardLogger`: writes one run's event file for TensorBoard.
 
-Events go straight to tensorboardX's record writer and from there to the operating system within the call that logs
-them: nothing waits in a queue of this process, so nothing is lost when the process is killed. How TensorBoard reads
-the files is its own affair; which values are logged, and when, is the Trainer's.
+Records go from here to the operating system within the call that logs them: nothing waits in a queue of this process,
+so nothing is lost when the process is killed. How TensorBoard reads the files is its own affair; which values are
+logged, and when, is the Trainer's. What the records look like stands in `tensorboard_events.py`.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnx_fit.errors import ConfigurationError
+from nnx_fit.loggers import tensorboard_events as events
+from nnx_fit.loggers.curves import pr_curve
+from nnx_fit.loggers.event_file import EventFile, drop_ending
+from nnx_fit.loggers.failures import guarded
 from nnx_fit.loggers.hyperparams import flatten
 from nnx_fit.loggers.logger import Histogram, Logger, Status
-from nnx_fit.loggers.run_directory import cannot_write, choose_run_directory, create_run_directory, report_if_taken
+from nnx_fit.loggers.pixels import as_pixels
+from nnx_fit.loggers.projector import write_embedding
+from nnx_fit.loggers.run_directory import cannot_write, choose_run_directory, report_if_taken
+from nnx_fit.loggers.summary_writer import summary_writer
 
 EVENT_FILES = "events.out.tfevents.*"
-_PAIRED = re.compile(r"(train|val)/(.+?)(?:_step|_epoch)?")
 
 
 class TensorBoardLogger(Logger):
-    """Writes scalars, hyperparameters, text, histograms and images for TensorBoard.
+    """Writes what a run logs for TensorBoard: scalars, hyperparameters, text, histograms, images, embeddings, curves.
 
-    No file exists before the first record. Every record has reached the operating system when the call returns.
+    No file exists before the first record. Every record has reached the operating system when the call returns. A
+    write that fails (a full disk) takes nothing away from what is there.
 
     Args:
         save_dir: The run's own directory, or the one under which runs are kept when `name` or `version` is given.
@@ -54,13 +58,15 @@ class TensorBoardLogger(Logger):
         self.save_dir = Path(save_dir)
         self._requested_version = version
         self._directory: Path | None = None
-        self._records: Any = None
+        self._file: EventFile | None = None
         self._lock = threading.Lock()
         self._continued_at: int | None = None
         self._opened_before = False
-        self._hparams: dict[str, Any] | None = None
+        self._settings: dict[str, Any] | None = None
+        self._session_open = False
         self._names: set[str] = set()
-        self._pairs: set[str] = set()
+        self._charts: dict[str, str] = {}
+        self._writer: Any = None
 
     @property
     def log_dir(self) -> Path:
@@ -69,10 +75,21 @@ class TensorBoardLogger(Logger):
             self._directory, self.version = choose_run_directory(self.save_dir, self.name, self._requested_version)
         return self._directory
 
+    @property
+    def experiment(self) -> Any:
+        """A `tensorboardX.SummaryWriter` for what has no method here, such as `add_video`, `add_audio` and `add_mesh`.
+
+        It writes to this logger's own event file, so that its `flush` and `close` have nothing to do. Its `add_graph`
+        is for PyTorch.
+        """
+        if self._writer is None:
+            self._writer = summary_writer(self.log_dir, self._write_event)
+        return self._writer
+
     def continue_from(self, step: int) -> None:
         """Says that this run continues an earlier one in the same directory, before anything is logged.
 
-        TensorBoard then drops what the earlier process had logged after the step.
+        TensorBoard then drops what the earlier process had logged after the step, and shows how this run ends.
 
         Args:
             step: `global_step` of the checkpoint that the run continues from.
@@ -83,34 +100,26 @@ class TensorBoardLogger(Logger):
         """Records scalars of one step."""
         if not metrics:
             return
-        summary = _proto("summary")
-        values = [summary.Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
-        self._write(summary.Summary(value=values), step)
+        self._write(events.scalars(metrics), step)
         if not self._names.issuperset(metrics):
             self._names.update(metrics)
-            self._pair_train_and_val(step)
+            charts = events.paired_charts(self._names)
+            if charts != self._charts:
+                self._write(events.layout(charts), step)
+                self._charts = charts
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Records the run's settings."""
+        """Records the run's settings, and that it has begun."""
         values = {name: value for name, value in flatten(params).items() if value is not None}
-        if values == self._hparams:
-            return
-        self._hparams = values
-        start = _proto("plugin_hparams").SessionStartInfo(start_time_secs=time.time())
-        for name, value in values.items():
-            if isinstance(value, bool):
-                start.hparams[name].bool_value = value
-            elif isinstance(value, int | float) and np.isfinite(value):
-                start.hparams[name].number_value = value
-            else:
-                start.hparams[name].string_value = str(value)
-        self._write_hparams(session_start_info=start)
+        if values != self._settings:
+            self._write(events.session_start(values), 0)
+            self._settings = values
+        self._session_open = True
+        self._forget_end()
 
     def log_text(self, tag: str, text: str, step: int = 0) -> None:
         """Records Markdown text."""
-        from tensorboardX import summary
-
-        self._write(summary.text(tag, text), step)
+        self._write(events.text(tag, text), step)
 
     def log_histogram(
         self, tag: str, counts: np.ndarray, edges: np.ndarray, step: int, moments: Mapping[str, float]
@@ -119,121 +128,96 @@ class TensorBoardLogger(Logger):
         self.log_histograms({tag: Histogram(counts, edges, moments)}, step)
 
     def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """Records the histograms of one step, by tag: one event for all, which costs far less than one for each."""
-        if not histograms:
-            return
-        content = _proto("summary").Summary()
-        for tag, (counts, edges, moments) in histograms.items():
-            histogram = content.value.add(tag=tag).histo
-            for key in ("num", "min", "max", "sum", "sum_squares"):
-                setattr(histogram, key, moments[key])
-            # A bucket holds what is at most its limit, so the first edge needs a bucket of its own, an empty one.
-            histogram.bucket_limit.extend(np.asarray(edges, np.float64).tolist())
-            histogram.bucket.extend([0.0, *np.asarray(counts, np.float64).tolist()])
-        self._write(content, step)
+        """Records the histograms of one step, by tag, in one event."""
+        if histograms:
+            self._write(events.histograms(histograms), step)
 
-    def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Records an image of shape `(height, width, channels)`, uint8 or float in 0..1."""
-        try:
-            import PIL  # noqa: F401  tensorboardX encodes the PNG with it
-        except ImportError as error:
-            raise ConfigurationError(
-                f'TensorBoardLogger needs Pillow to encode the image "{tag}". Fix: pip install pillow'
-            ) from error
-        from tensorboardX import summary
+    def log_image(self, tag: str, image: Any, step: int) -> None:
+        """Records an image; see `Logger.log_image`."""
+        self._write(events.image(tag, as_pixels(tag, image)), step)
 
-        pixels = np.asarray(image)
-        if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
-            raise ConfigurationError(
-                f'The image "{tag}" has shape {pixels.shape}. Fix: pass (height, width, channels) with 1, 3 or 4 '
-                "channels."
-            )
-        if pixels.dtype != np.uint8:
-            pixels = (np.clip(np.nan_to_num(pixels.astype(np.float32)), 0.0, 1.0) * 255.0).round().astype(np.uint8)
-        encoded = summary.image(tag, pixels, dataformats="HWC")
-        encoded.value[0].tag = tag
-        self._write(encoded, step)
+    def log_embedding(
+        self, tag: str, vectors: Any, step: int, metadata: Sequence[Any] | None = None, images: Any = None
+    ) -> None:
+        """Writes points for the projector; see `Logger.log_embedding`.
+
+        TensorBoard looks for new ones when it starts. Images that are not square get margins.
+        """
+        with self._lock:
+            self._require_file()  # TensorBoard looks for the projector's files where event files are
+        write_embedding(self.log_dir, tag, vectors, step, metadata, images)
+
+    def log_pr_curve(self, tag: str, labels: Any, probabilities: Any, step: int) -> None:
+        """Records a precision-recall curve at 127 thresholds; see `Logger.log_pr_curve`."""
+        self._write(events.pr_curve(tag, pr_curve(tag, labels, probabilities)), step)
 
     def flush(self) -> None:
         """Waits until everything has reached the disk itself."""
         with self._lock:
-            if self._records is not None:
-                self._records.flush()
+            if self._file is not None:
+                self._file.sync()
 
     def finalize(self, status: Status) -> None:
         """Ends the record and closes the file."""
-        # An interrupted run gets no end: its status stays open until the run that continues it ends.
-        if self._hparams is not None and status != "interrupted":
-            outcome = _proto("api").Status.Value("STATUS_SUCCESS" if status == "success" else "STATUS_FAILURE")
-            end = _proto("plugin_hparams").SessionEndInfo(status=outcome, end_time_secs=time.time())
-            self._write_hparams(session_end_info=end)
+        try:
+            # An interrupted run gets no end: its status stays open until the run that continues it ends.
+            if self._session_open and status != "interrupted":
+                self._write(events.session_end(success=status == "success"), 0)
+            self._session_open = False
+            self.flush()
+        finally:
+            self._close()
+
+    def _write(self, summary: Any, step: int) -> None:
+        self._write_event(events.proto("event").Event(wall_time=time.time(), step=step, summary=summary))
+
+    @guarded
+    def _write_event(self, event: Any) -> None:
         with self._lock:
-            if self._records is not None:
-                self._records.flush()
-                self._records.close()
-                self._records = None
+            try:
+                self._require_file().write(event.SerializeToString())
+            except FileNotFoundError:  # the directory was removed: the next record begins it anew
+                if self._file is not None:
+                    self._file.close()
+                    self._file = None
+                raise
 
-    def _write_hparams(self, **info: Any) -> None:
-        # `_hparams_/experiment` is left out on purpose: without it TensorBoard shows the union of all runs' columns.
-        (kind,) = info
-        content = _proto("plugin_hparams").HParamsPluginData(version=0, **info)
-        summary = _proto("summary")
-        plugin = summary.SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString())
-        metadata = summary.SummaryMetadata(plugin_data=plugin)
-        self._write(summary.Summary(value=[summary.Summary.Value(tag=f"_hparams_/{kind}", metadata=metadata)]), 0)
+    def _require_file(self) -> EventFile:
+        if self._file is None:
+            self._file = self._open()
+        return self._file
 
-    def _pair_train_and_val(self, step: int) -> None:
-        """Writes a custom-scalar layout with one chart for each metric that both `train/` and `val/` have."""
-        stages: dict[str, set[str]] = {}
-        for match in filter(None, map(_PAIRED.fullmatch, self._names)):
-            stages.setdefault(match[2], set()).add(match[1])
-        pairs = {metric for metric, found in stages.items() if len(found) == 2}
-        if pairs - self._pairs:
-            self._pairs = pairs
-            from tensorboardX import summary
-
-            charts = {m: ["Multiline", [rf"(train|val)/{re.escape(m)}(_step|_epoch)?$"]] for m in sorted(pairs)}
-            self._write(summary.custom_scalars({"train and val": charts}), step)
-
-    def _write(self, content: Any, step: int) -> None:
-        event = _proto("event").Event(wall_time=time.time(), step=step, summary=content)
+    def _close(self) -> None:
         with self._lock:
-            if self._records is None:
-                self._records = self._open()
-            self._records.write(event.SerializeToString())
-            self._records.drain()
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
-    def _open(self) -> Any:
-        from tensorboardX.record_writer import RecordWriter
-
-        class Records(RecordWriter):
-            _writer: Any
-
-            def drain(self) -> None:
-                """Hands the buffer to the operating system: `flush` would also wait for the disk."""
-                self._writer.flush()
-
-        create_run_directory(self.log_dir, type(self).__name__)
-        if self._continued_at is None and not self._opened_before:
+    def _open(self) -> EventFile:
+        if not self._opened_before and self._continued_at is None:
             report_if_taken(self.log_dir, EVENT_FILES, type(self).__name__)
-        self._opened_before = True
         # Names sort by time, and two files never share one, whatever is opened in the same second.
         now = time.time_ns()
-        file = self.log_dir / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}.{os.getpid()}"
-        try:
-            records = Records(str(file))
-        except OSError as error:
-            raise cannot_write(file, type(self).__name__, error) from error
-        event = _proto("event")
-        records.write(event.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        path = self.log_dir / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}.{os.getpid()}"
+        event = events.proto("event")
+        head = [event.Event(wall_time=time.time(), file_version="brain.Event:2")]
         if self._continued_at is not None:
-            start = event.Event(wall_time=time.time(), step=self._continued_at + 1)
-            start.session_log.status = event.SessionLog.START
-            records.write(start.SerializeToString())
-            self._continued_at = None
-        return records
+            head.append(event.Event(wall_time=time.time(), step=self._continued_at + 1))
+            head[-1].session_log.status = event.SessionLog.START
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            file = EventFile(path, [record.SerializeToString() for record in head])
+        except OSError as error:
+            if self._opened_before:
+                raise
+            raise cannot_write(path, type(self).__name__, error) from error
+        self._continued_at = None
+        self._opened_before = True
+        return file
 
-
-def _proto(name: str) -> Any:
-    """A module of protocol buffers, as generated code untyped; importing it loads tensorboardX."""
-    return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
+    def _forget_end(self) -> None:
+        """Takes back how an earlier fit in this directory ended: TensorBoard believes the first end that it reads."""
+        current = None if self._file is None else self._file.path
+        for path in self.log_dir.glob(EVENT_FILES):
+            if path != current:
+                drop_ending(path, events.SESSION_END.encode())

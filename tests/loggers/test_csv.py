@@ -1,7 +1,9 @@
 """CSVLogger, read back with the csv module."""
 
+import contextlib
 import csv
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +118,48 @@ def test_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path, caplog):
         ("1", "1.0", ""), ("2", "2.0", ""), ("3", "3.0", ""), ("4", "14.0", "1.0"),
     ]  # fmt: skip
     assert caplog.text == ""
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Makes every write beyond a size fail, as a full disk does: what fits is written."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("step", [2, 3])  # the row that is there already grows, or a new one begins
+@pytest.mark.parametrize("name", ["b", "new"])  # the row is written, or the file with a wider header
+def test_a_full_disk_loses_no_earlier_row_and_the_row_comes_with_the_next_write(tmp_path, step, name):
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.0, "b": 2.0}, 1)
+    logger.log_metrics({"a": 3.0}, 2)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with file_size_limit(len(before) + 2), pytest.raises(OSError, match="too large"):
+        logger.log_metrics({name: 0.123456789}, step)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    logger.log_metrics({"a": 5.0}, step)
+    logger.finalize("success")
+    rows = read(tmp_path)
+    assert rows[0]["a"] == "1.0" and rows[0]["b"] == "2.0"
+    assert (rows[-1]["step"], rows[-1]["a"], rows[-1][name]) == (str(step), "5.0", "0.123456789")
+    assert len(rows) == step
+
+
+def test_a_directory_that_was_removed_is_an_error_and_then_begun_anew(tmp_path):
+    logger = CSVLogger(tmp_path / "run")
+    logger.log_metrics({"a": 1.0}, 1)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="removed"):
+        logger.log_metrics({"a": 2.0}, 2)
+    logger.log_metrics({"b": 3.0}, 3)
+    logger.finalize("success")
+    assert read(tmp_path / "run") == [{"step": "3", "b": "3.0"}]
 
 
 def test_directory_that_cannot_be_written_is_one_clear_error(tmp_path):

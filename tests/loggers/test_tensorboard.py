@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import yaml
+from nets import Scalar, quiet, targets
 
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.loggers.logger import Histogram
@@ -119,8 +122,8 @@ def test_image_is_a_png_of_the_same_pixels(tmp_path):
 
 
 def test_image_of_a_wrong_shape_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match=r'"x" has shape \(8, 8\).*channels'):
-        TensorBoardLogger(tmp_path).log_image("x", np.zeros((8, 8)), 1)
+    with pytest.raises(ConfigurationError, match=r'"x" has shape \(8, 8, 2\).*channels'):
+        TensorBoardLogger(tmp_path).log_image("x", np.zeros((8, 8, 2)), 1)
 
 
 def test_text_is_shown_by_the_text_plugin(tmp_path):
@@ -169,8 +172,42 @@ def test_hparams_tab_shows_the_union_of_runs_with_metrics_and_status(tmp_path):
     assert by_run["a"].hparams["optimizer.lr"].number_value == 0.5
     assert by_run["a"].hparams["nesterov"].bool_value is True
     assert by_run["b"].hparams["layers"].string_value == "[1, 2]"
-    assert [by_run[run].sessions[0].status for run in "abc"] == [1, 2, 0]
+    assert [by_run[run].sessions[0].status for run in "abc"] == [1, 2, 0]  # success, failure, unknown
     assert by_run["a"].sessions[0].metric_values[0].value == 0.5
+
+
+@pytest.mark.parametrize(("first", "second", "shown"), [
+    ("failed", "success", 1), ("success", "failed", 2), ("failed", "interrupted", 0), ("interrupted", "success", 1),
+])  # fmt: skip
+def test_a_continued_run_shows_how_it_ended_itself(tmp_path, first, second, shown):
+    for step, status in ((1, first), (2, second)):
+        logger = TensorBoardLogger(tmp_path / "run")
+        if step == 2:
+            logger.continue_from(1)
+        logger.log_hyperparams({"seed": 0})
+        logger.log_metrics({"loss": 0.5 / step}, step)
+        logger.finalize(status)
+    _, groups = hparams_backend(tmp_path)
+    (session,) = groups[0].sessions
+    assert session.status == shown
+    assert scalars(tmp_path / "run", "loss") == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_test_after_the_fit_does_not_change_how_the_fit_ended(tmp_path):
+    logger = TensorBoardLogger(tmp_path / "run")
+    logger.log_hyperparams({"seed": 0})
+    logger.finalize("failed")
+    logger.log_metrics({"test/loss": 0.5}, 1)
+    logger.finalize("success")
+    assert hparams_backend(tmp_path)[1][0].sessions[0].status == 2
+
+
+def test_a_second_fit_with_the_same_logger_begins_the_run_anew(tmp_path):
+    logger = TensorBoardLogger(tmp_path / "run")
+    for status in ("failed", "success"):
+        logger.log_hyperparams({"seed": 0})
+        logger.finalize(status)
+    assert hparams_backend(tmp_path)[1][0].sessions[0].status == 1
 
 
 def test_layout_pairs_train_and_val_curves_of_a_metric(tmp_path):
@@ -185,6 +222,48 @@ def test_layout_pairs_train_and_val_curves_of_a_metric(tmp_path):
     (chart,) = layout.category[0].chart
     assert chart.title == "loss"
     assert list(chart.multiline.tag) == [r"(train|val)/loss(_step|_epoch)?$"]
+
+
+def test_pr_curve_is_shown_by_the_plugin_with_the_counts_of_every_threshold(tmp_path):
+    from tensorboard.util import tensor_util
+
+    labels, scores = np.array([0, 1, 1, 0]), np.array([0.1, 0.4, 0.9, 0.6])
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_pr_curve("val/cats", labels, scores, 3)
+    logger.finalize("success")
+    events = read(tmp_path)
+    assert list(events.PluginTagToContent("pr_curves")) == ["val/cats"]
+    (event,) = events.Tensors("val/cats")
+    tp, fp, tn, fn, precision, recall = tensor_util.make_ndarray(event.tensor_proto)
+    assert event.step == 3 and tp.shape == (127,)
+    half = 63  # the threshold 0.5
+    assert [x[half] for x in (tp, fp, tn, fn, precision, recall)] == [1, 1, 1, 1, 0.5, 0.5]
+
+
+def test_embeddings_are_found_by_the_projector(tmp_path):
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
+
+    logger = TensorBoardLogger(tmp_path / "run")
+    logger.log_embedding("digits", np.eye(3), 5, metadata=["a", "b", "c"], images=np.zeros((3, 4, 4)))
+    logger.finalize("success")
+    multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    plugin = ProjectorPlugin(base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path)))
+    plugin._update_configs()
+    (embedding,) = plugin._configs["run"].embeddings
+    assert embedding.tensor_name == "digits at step 5" and list(embedding.tensor_shape) == [3, 3]
+
+
+def test_a_figure_is_an_image(tmp_path):
+    figures = pytest.importorskip("matplotlib.figure")
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_figure("confusion", figures.Figure(figsize=(2, 1), dpi=50), 4)
+    logger.finalize("success")
+    (event,) = read(tmp_path).Images("confusion")
+    assert (event.step, event.width, event.height) == (4, 100, 50)
 
 
 def test_named_runs_get_a_directory_each(tmp_path):
@@ -237,6 +316,23 @@ def test_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
     logger = TensorBoardLogger(tmp_path / "file" / "run")
     with pytest.raises(ConfigurationError, match=r"TensorBoardLogger cannot write to .*file/run(.|\n)*Fix: choose"):
         logger.log_hyperparams({"seed": 0})
+
+
+def test_a_fit_in_plain_python_tells_its_config_partition_and_environment(tmp_path):
+    trainer = quiet(max_epochs=1, logger=TensorBoardLogger(tmp_path))
+    trainer.texts["note"] = "by hand"
+    trainer.fit(Scalar(start=2.0), targets(1))
+    events = read(tmp_path)
+    texts = {
+        tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for tag in ("config", "partition", "environment", "note")
+    }
+    config = yaml.safe_load(texts["config"].removeprefix("```yaml").removesuffix("```"))
+    assert config["model"] == {"_target_": "nets.Scalar", "start": 2.0, "learning_rate": 0.1}
+    assert config["trainer"]["max_epochs"] == 1 and config["trainer"]["precision"] == "32"
+    assert "w" in texts["partition"] and "Param" in texts["partition"]
+    assert f"| jax | {jax.__version__} |" in texts["environment"]
+    assert texts["note"] == "by hand"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
