@@ -8,7 +8,7 @@ checked by `nnx_fit.cli.checks`. Nothing here imports JAX: `--help` and tab comp
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Union
 
@@ -16,15 +16,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, OmegaConf
 
+from nnx_fit.callback_configs import CALLBACK_SCHEMAS, one_of
 from nnx_fit.errors import ConfigurationError
 
 # OmegaConf resolves these aliases as type hints at run time.
 Number = Union[int, float]  # noqa: UP007
-
-
-def one_of(default: str | None, *choices: str) -> Any:
-    """A field that takes one of a fixed set of strings."""
-    return field(default=default, metadata={"choices": choices})
 
 
 @dataclass
@@ -69,7 +65,7 @@ class TrainerConfig:
     state_guard: str = one_of("error", "error", "warn", "off")
     detect_nonfinite: bool = False
     deterministic: bool = False
-    profiler: str | None = None
+    profiler: str | None = one_of(None, "simple", "advanced", "jax")
     barebones: bool = False
     jit: bool = True
     devices: Union[int, str] = "auto"  # noqa: UP007
@@ -84,60 +80,6 @@ OWN_GROUP = {
     "strategy": "the group strategy (strategy=auto)",
     "default_root_dir": "name=NAME or hydra.run.dir=DIRECTORY",
 }
-
-
-@dataclass
-class ModelCheckpointConfig:
-    """Arguments of `nnx_fit.ModelCheckpoint`."""
-
-    _target_: str = "nnx_fit.ModelCheckpoint"
-    dirpath: str | None = None
-    filename: str | None = None
-    monitor: str | None = None
-    mode: str = one_of("min", "min", "max")
-    save_top_k: int = 1
-    save_last: bool | None = None
-    every_n_train_steps: int | None = None
-    every_n_epochs: int | None = None
-    train_time_interval: Any = None
-    save_on_exception: bool = True
-    save_weights_only: bool = False
-    async_save: bool = True
-
-
-@dataclass
-class EarlyStoppingConfig:
-    """Arguments of `nnx_fit.EarlyStopping`."""
-
-    _target_: str = "nnx_fit.EarlyStopping"
-    monitor: str | None = MISSING
-    min_delta: float = 0.0
-    patience: int = 3
-    mode: str = one_of("min", "min", "max")
-    verbose: bool = False
-    strict: bool = True
-    check_finite: bool = True
-    stopping_threshold: float | None = None
-    divergence_threshold: float | None = None
-    check_on_train_epoch_end: bool | None = None
-
-
-@dataclass
-class LearningRateMonitorConfig:
-    """Arguments of `nnx_fit.LearningRateMonitor`."""
-
-    _target_: str = "nnx_fit.LearningRateMonitor"
-    logging_interval: str | None = one_of(None, "step")
-
-
-@dataclass
-class VariableMonitorConfig:
-    """Arguments of `nnx_fit.VariableMonitor`."""
-
-    _target_: str = "nnx_fit.VariableMonitor"
-    every_n_steps: int | None = None
-    include: Any = None
-    params: bool = False
 
 
 @dataclass
@@ -160,15 +102,48 @@ class CSVLoggerConfig:
     version: Union[int, str, None] = None  # noqa: UP007
 
 
+@dataclass
+class WandbLoggerConfig:
+    """Arguments of `nnx_fit.WandbLogger`; others of `wandb.init` are added with `+logger.wandb.NAME=...`."""
+
+    _target_: str = "nnx_fit.WandbLogger"
+    project: str | None = None
+    name: str | None = None
+    save_dir: str = MISSING
+    id: str | None = None
+    version: str | None = None
+    offline: bool = False
+    prefix: str = ""
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] | None = None
+    notes: str | None = None
+
+
+@dataclass
+class MLFlowLoggerConfig:
+    """Arguments of `nnx_fit.MLFlowLogger`."""
+
+    _target_: str = "nnx_fit.MLFlowLogger"
+    experiment_name: str = "nnx_fit"
+    run_name: str | None = None
+    tracking_uri: str | None = None
+    tags: dict[str, Any] | None = None
+    save_dir: str = "./mlruns"
+    prefix: str = ""
+    artifact_location: str | None = None
+    run_id: str | None = None
+
+
 # The option of the group `schema`, by which the YAML files name a dataclass.
 SCHEMAS: dict[str, type] = {
     "trainer": TrainerConfig,
-    "model_checkpoint": ModelCheckpointConfig,
-    "early_stopping": EarlyStoppingConfig,
-    "learning_rate_monitor": LearningRateMonitorConfig,
-    "variable_monitor": VariableMonitorConfig,
+    **CALLBACK_SCHEMAS,
     "tensorboard": TensorBoardLoggerConfig,
     "csv": CSVLoggerConfig,
+    "wandb": WandbLoggerConfig,
+    "mlflow": MLFlowLoggerConfig,
 }
 
 GROUPS = (
@@ -211,6 +186,11 @@ def _run_dir() -> str:
     return "<run directory>" if OmegaConf.is_missing(runtime, "output_dir") else str(Path(runtime.output_dir))
 
 
+def _run_label() -> str:
+    """What a run is called where many runs are listed: its directory, as seen from where it was started."""
+    return os.path.relpath(_run_dir()) if os.path.isabs(_run_dir()) else _run_dir()
+
+
 def register() -> None:
     """Puts the schemas and the resolvers that `conf/` uses where Hydra finds them. May be called again."""
     os.environ.setdefault("NNX_FIT_RUN_ID", "0")
@@ -219,3 +199,4 @@ def register() -> None:
         store.store(group="schema", name=name, node=schema, provider="nnx_fit")
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("run_label", _run_label, replace=True)

@@ -21,5 +21,9 @@ class CheckpointError(NnxFitError):
     """A checkpoint cannot be written, found, read, or does not belong to this module."""
 
 
+class NotWrittenError(CheckpointError):
+    """A checkpoint could not be written for a reason that may pass: the disk is full, a directory is gone."""
+
+
 class NonFiniteError(NnxFitError):
     """A loss, metric, gradient or Variable became NaN or infinite while `detect_nonfinite` was on."""

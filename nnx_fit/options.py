@@ -7,17 +7,16 @@ import datetime
 import logging
 import math
 import re
-from typing import Any, Literal, get_args
+from typing import Any
 
+from nnx_fit import option_checks as check
 from nnx_fit.errors import ConfigurationError
+from nnx_fit.option_checks import ClipAlgorithm as ClipAlgorithm
+from nnx_fit.option_checks import PrecisionName, invalid
 
 logger = logging.getLogger("nnx_fit")
 
 Limit = int | float
-ClipAlgorithm = Literal["norm", "value"]
-PrecisionName = Literal["32", "bf16-mixed", "bf16-true", "16-mixed"]
-# Other ways to write them, Lightning's.
-_PRECISION_ALIASES = {"32-true": "32", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +49,11 @@ class Options:
     enable_progress_bar: bool = True
     enable_model_summary: bool = True
     detect_nonfinite: bool = False
+    deterministic: bool = False
     state_guard: str = "error"
     barebones: bool = False
     jit: bool = True
+    reload_dataloaders_every_n_epochs: int = 0
 
     @property
     def epoch_limit(self) -> int | float:
@@ -68,12 +69,18 @@ class Options:
 # Arguments whose other values later versions take: name, the values that work now.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "steps_per_call": ("auto", 1),
-    "deterministic": (False,),
-    "profiler": (None,),
     "strategy": ("auto",),
     "devices": ("auto", 1),
-    "reload_dataloaders_every_n_epochs": (0,),
 }
+
+_FLAGS = (
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "detect_nonfinite",
+    "barebones",
+    "jit",
+)
 
 
 def make_options(**arguments: Any) -> Options:
@@ -82,35 +89,31 @@ def make_options(**arguments: Any) -> Options:
     Raises:
         ConfigurationError: An argument is invalid; the message names it, its value and the fix.
     """
+    arguments = {name: check.plain(value) for name, value in arguments.items()}
     _refuse_not_yet({name: arguments.pop(name) for name in NOT_YET if name in arguments})
     for name in ("max_epochs", "max_steps"):
-        _whole(name, arguments[name], least=-1, optional=name == "max_epochs")
+        check.whole(name, arguments[name], least=-1, optional=name == "max_epochs")
     for name in ("min_epochs", "min_steps"):
-        _whole(name, arguments[name], least=0, optional=True)
+        check.whole(name, arguments[name], least=0, optional=True)
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
-        _limit(name, arguments[name])
-    _limit("overfit_batches", arguments["overfit_batches"])
-    _whole("num_sanity_val_steps", arguments["num_sanity_val_steps"], least=-1)
-    _whole("log_every_n_steps", arguments["log_every_n_steps"], least=0)
-    _whole("check_val_every_n_epoch", arguments["check_val_every_n_epoch"], least=1, optional=True)
-    _whole("accumulate_grad_batches", arguments["accumulate_grad_batches"], least=1)
-    _clipping(arguments)
-    arguments["precision"] = _precision(arguments["precision"])
-    for name in (
-        "enable_checkpointing",
-        "enable_progress_bar",
-        "enable_model_summary",
-        "detect_nonfinite",
-        "barebones",
-        "jit",
-    ):
-        if not isinstance(arguments[name], bool):
-            raise _invalid(name, arguments[name], "expected True or False", "pass a bool")
-    _check_interval(arguments["val_check_interval"], arguments["check_val_every_n_epoch"])
+        check.limit(name, arguments[name])
+    check.limit("overfit_batches", arguments["overfit_batches"])
+    check.whole("num_sanity_val_steps", arguments["num_sanity_val_steps"], least=-1)
+    for name in ("log_every_n_steps", "reload_dataloaders_every_n_epochs"):
+        check.whole(name, arguments[name], least=0)
+    check.whole("check_val_every_n_epoch", arguments["check_val_every_n_epoch"], least=1, optional=True)
+    check.whole("accumulate_grad_batches", arguments["accumulate_grad_batches"], least=1)
+    clip = check.clipping(arguments["gradient_clip_val"], arguments["gradient_clip_algorithm"])
+    arguments["gradient_clip_val"] = clip
+    arguments["precision"] = check.precision(arguments["precision"])
+    for name in _FLAGS:
+        check.flag(name, arguments[name])
+    check.interval(arguments["val_check_interval"], arguments["check_val_every_n_epoch"])
     if arguments["state_guard"] not in ("error", "warn", "off"):
-        raise _invalid("state_guard", arguments["state_guard"], 'expected "error", "warn" or "off"', "pass one of them")
+        raise invalid("state_guard", arguments["state_guard"], 'expected "error", "warn" or "off"', "pass one of them")
+    check.deterministic(arguments["deterministic"])
     arguments["max_time"] = seconds(arguments["max_time"])
-    arguments["fast_dev_run"] = _fast_dev_run(arguments["fast_dev_run"])
+    arguments["fast_dev_run"] = check.fast_dev_run(arguments["fast_dev_run"])
     options = Options(**arguments)
     _check_bounds(options)
     return _with_consequences(options)
@@ -130,10 +133,10 @@ def seconds(max_time: Any) -> float | None:
         try:
             return datetime.timedelta(**max_time).total_seconds()
         except TypeError as error:
-            raise _invalid("max_time", max_time, str(error), 'use keys such as "hours" and "minutes"') from error
+            raise invalid("max_time", max_time, str(error), 'use keys such as "hours" and "minutes"') from error
     match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time) if isinstance(max_time, str) else None
     if match is None:
-        raise _invalid("max_time", max_time, "expected days:hours:minutes:seconds", 'write "00:12:00:00" for 12 hours')
+        raise invalid("max_time", max_time, "expected days:hours:minutes:seconds", 'write "00:12:00:00" for 12 hours')
     days, hours, minutes, secs = map(int, match.groups())
     return datetime.timedelta(days=days, hours=hours, minutes=minutes, seconds=secs).total_seconds()
 
@@ -149,15 +152,11 @@ def batches_within(limit: Limit, length: int | float, name: str) -> int | float:
     if limit in (0.0, 1.0):
         return length if limit else 0
     if math.isinf(length):
-        raise _invalid(name, limit, "the loader has no length to take a fraction of", "pass a whole number of batches")
+        raise invalid(name, limit, "the loader has no length to take a fraction of", "pass a whole number of batches")
     count = int(length * limit)
     if count == 0 < length:
-        raise _invalid(name, limit, f"that is none of {length} batches", f"use at least {1 / length:.3g}, or a count")
+        raise invalid(name, limit, f"that is none of {length} batches", f"use at least {1 / length:.3g}, or a count")
     return count
-
-
-def _invalid(name: str, value: Any, why: str, fix: str) -> ConfigurationError:
-    return ConfigurationError(f"Trainer({name}={value!r}): {why}. Fix: {fix}.")
 
 
 def _refuse_not_yet(arguments: dict[str, Any]) -> None:
@@ -170,65 +169,6 @@ def _refuse_not_yet(arguments: dict[str, Any]) -> None:
             )
 
 
-def _whole(name: str, value: Any, *, least: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        extra = " (-1: no limit)" if least == -1 else ""
-        raise _invalid(name, value, f"expected a whole number of at least {least}{extra}", "pass such a number")
-
-
-def _limit(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _invalid(name, value, "expected a number of batches (int) or a fraction (float)", "pass one of them")
-    if not value >= 0 or (isinstance(value, float) and value > 1):
-        raise _invalid(
-            name, value, "an int is a number of batches from 0, a float a fraction from 0.0 to 1.0", "pass one of them"
-        )
-
-
-def _clipping(arguments: dict[str, Any]) -> None:
-    limit, algorithm = arguments["gradient_clip_val"], arguments["gradient_clip_algorithm"]
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 0):
-        raise _invalid("gradient_clip_val", limit, "expected a positive number", "pass one, or None to clip nothing")
-    if algorithm not in get_args(ClipAlgorithm):
-        raise _invalid("gradient_clip_algorithm", algorithm, 'expected "norm" or "value"', "pass one of them")
-    arguments["gradient_clip_val"] = float(limit) if limit else None
-
-
-def _precision(value: Any) -> str:
-    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    name = _PRECISION_ALIASES.get(name, name)
-    if name not in get_args(PrecisionName):
-        raise _invalid("precision", value, "unknown", f"pass one of {', '.join(map(repr, get_args(PrecisionName)))}")
-    return name
-
-
-def _check_interval(interval: Any, every_n_epoch: int | None) -> None:
-    name = "val_check_interval"
-    if isinstance(interval, bool) or not isinstance(interval, int | float):
-        raise _invalid(
-            name, interval, "expected a number of batches (int) or a fraction of an epoch (float)", "pass one"
-        )
-    if isinstance(interval, int) and interval < 1:
-        raise _invalid(name, interval, "as an int it is a number of training batches, at least 1", "pass 1 or more")
-    if isinstance(interval, float) and not 0 < interval <= 1:
-        raise _invalid(name, interval, "as a float it is a fraction of an epoch, above 0.0 up to 1.0", "pass one")
-    if every_n_epoch is None and isinstance(interval, float):
-        raise ConfigurationError(
-            f"Trainer(check_val_every_n_epoch=None, val_check_interval={interval!r}): without epochs the interval "
-            "counts training batches across them. Fix: pass val_check_interval as an int."
-        )
-
-
-def _fast_dev_run(value: Any) -> int:
-    if isinstance(value, bool):
-        return int(value)
-    if not isinstance(value, int) or value < 0:
-        raise _invalid("fast_dev_run", value, "expected True, False or a number of batches", "pass one of them")
-    return value
-
-
 def _check_bounds(options: Options) -> None:
     for low, high, limit in (
         ("min_epochs", "max_epochs", options.epoch_limit),
@@ -239,6 +179,12 @@ def _check_bounds(options: Options) -> None:
             raise ConfigurationError(
                 f"Trainer({low}={least}, {high}={limit}): the minimum is above the maximum. Fix: lower {low}, or raise "
                 f"{high}."
+            )
+    for name in ("fast_dev_run", "detect_nonfinite"):
+        if options.barebones and getattr(options, name):
+            raise ConfigurationError(
+                f"Trainer(barebones=True, {name}={getattr(options, name)}): one asks for nothing but training, the "
+                "other for more. Fix: drop one of them."
             )
     if options.fast_dev_run and options.overfit_batches:
         raise ConfigurationError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnx_fit import verbs
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.callbacks.defaults import with_defaults
-from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint
+from nnx_fit.callbacks.finder import GivenData
+from nnx_fit.callbacks.profiler import ProfilerCallback
 from nnx_fit.checkpoint.saving import Checkpoints
 from nnx_fit.data.sources import find_loaders
+from nnx_fit.determinism import ask_for_deterministic_kernels
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.loggers.fan_out import FanOut
 from nnx_fit.loggers.logger import Logger
@@ -19,14 +21,15 @@ from nnx_fit.loops.progress import Control, Progress
 from nnx_fit.metrics.history import History
 from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.module import FitModule
+from nnx_fit.optimizers import trained
 from nnx_fit.options import make_options
 from nnx_fit.run import Run
-from nnx_fit.trainer_data import TrainerData, as_datamodule, check_module
-from nnx_fit.trainer_setup import make_loggers, own_directory
-from nnx_fit.trainer_views import TrainerViews
+from nnx_fit.trainer_data import as_datamodule, check_module
+from nnx_fit.trainer_runs import TrainerRuns
+from nnx_fit.trainer_setup import make_loggers, make_profilers, run_directory
 
 
-class Trainer(TrainerViews, TrainerData):
+class Trainer(TrainerRuns):
     """Runs a `FitModule`: trains, validates, tests, predicts.
 
     Every argument is keyword-only. A float limit is a fraction (1.0 is all), an int a count, 0 disables.
@@ -67,13 +70,18 @@ class Trainer(TrainerViews, TrainerData):
         state_guard: What to do about state that a step should not change.
         detect_nonfinite: Check every value of each step, and stop at the first that is NaN or infinite. Waits for
             each step: for debugging.
-        deterministic: Reproducible kernels on GPU.
-        profiler: Profiler.
+        deterministic: Reproducible kernels on GPU, which may be slower: sets the environment variable `XLA_FLAGS`. JAX
+            reads it when it starts, with the first array; a Trainer that is made later says so. CPUs need none.
+        profiler: `"simple"`: a table of the time in hooks, steps and loaders at the end of each verb; `"advanced"`: of
+            each Python function, by `cProfile`; both are printed and saved in `log_dir` as `profile-<verb>.txt`.
+            `"jax"`, or a `ProfilerCallback`: a trace of a few updates for TensorBoard.
         barebones: Switch off everything that is not training.
         jit: Compile the steps; `False` runs them eagerly, for debugging.
         strategy: How arrays are spread over devices.
         devices: Which devices to use.
-        reload_dataloaders_every_n_epochs: Ask for new loaders in every n-th epoch.
+        reload_dataloaders_every_n_epochs: Ask the data module, or the module, for the training and validation loaders
+            again in epochs n, 2n, ...; their methods may go by `trainer.current_epoch`, which is that epoch also
+            where a run continues later on. 0: once. Loaders that were passed to `fit`, and `overfit_batches`, stay.
 
     Raises:
         ConfigurationError: An argument is invalid or contradicts another one.
@@ -83,7 +91,8 @@ class Trainer(TrainerViews, TrainerData):
         callbacks: All callbacks, those added by default included.
         loggers: All loggers.
         history: Every logged value of the last `fit`.
-        texts: Markdown texts by tag that `fit` logs with them.
+        texts: Markdown texts by tag that `fit` logs, besides `config` (the arguments, unless it is given here),
+            `partition` and `environment`.
         settings: What `fit` logs as hyperparameters; by default, when it is empty, the module's `hparams`.
         interrupted: Whether a signal ended the last `fit`.
     """
@@ -121,7 +130,7 @@ class Trainer(TrainerViews, TrainerData):
         state_guard: str = "error",
         detect_nonfinite: bool = False,
         deterministic: bool = False,
-        profiler: Any = None,
+        profiler: str | ProfilerCallback | None = None,
         barebones: bool = False,
         jit: bool = True,
         strategy: Any = "auto",
@@ -130,25 +139,30 @@ class Trainer(TrainerViews, TrainerData):
     ):
         arguments = dict(locals())
         arguments.pop("__class__", None)
-        for name in ("self", "optimizer", "callbacks", "logger", "default_root_dir"):
+        for name in ("self", "optimizer", "callbacks", "logger", "default_root_dir", "profiler"):
             del arguments[name]
         super().__init__()
+        self._arguments = arguments
         self.options = make_options(**arguments)
+        if self.options.deterministic:
+            ask_for_deterministic_kernels()
         verbs.check_optimizer_setting(optimizer)
         self._optimizer = optimizer
-        self.default_root_dir = Path(default_root_dir) if default_root_dir is not None else own_directory()
-        writes = not (self.options.barebones or self.options.fast_dev_run)
-        self._fan_out = FanOut(make_loggers(logger if writes else False, self.default_root_dir))
-        self.callbacks = with_defaults(callbacks, self.options, self.loggers)
+        self.default_root_dir = run_directory(default_root_dir)
+        self._profile, tracer = make_profilers(profiler, self.options)
+        self._fan_out = FanOut(make_loggers(logger, self.default_root_dir, self.options))
+        self._log_metrics = self._profile.timed("loggers.log_metrics", self._fan_out.log_metrics)
+        self.callbacks = with_defaults(callbacks, self.options, self.loggers, tracer)
         self._checkpoints = Checkpoints()
         self._progress = Progress()
         self._control = Control()
         self.history = History()
-        self._ledger = Ledger(self.history, self._publish)
+        self._ledger = Ledger(self.history, self._publish, self._fan_out.log_drawing)
         self._run: Run | None = None
         self.datamodule: Any = None
         self.settings: dict[str, Any] = {}
         self.texts: dict[str, str] = {}
+        self._config = ""
         self.interrupted = False
         self._publishing = False
 
@@ -184,25 +198,27 @@ class Trainer(TrainerViews, TrainerData):
         for callback in self.callbacks:
             callback.paused_until = 0
         self.history = History()
-        self._ledger = Ledger(self.history, self._publish)
+        self._ledger = Ledger(self.history, self._publish, self._fan_out.log_drawing)
         self.interrupted = False
         run = self._start("fit", module, datamodule)
-        with verbs.session(run, datamodule, self._fan_out, self._note_interrupt, self.wait_for_checkpoints):
-            source = self._train_source(find_loaders("train", train_dataloaders, datamodule, module), module)
+        with self._session(run):
+            checkpoint = self._checkpoints.open(ckpt_path, run)
+            self.resumed_from = str(checkpoint.path) if checkpoint is not None else None
+            self._checkpoints.restore_position(checkpoint, run)
+            given = GivenData("fit", train_dataloaders, val_dataloaders, datamodule)
+            verbs.find_settings(run, given, checkpoint)
+            source = self._train_source(train_dataloaders, datamodule, module)
             validation = self._val_source(module, val_dataloaders, datamodule)
             self._plan = verbs.validation_plan(self.options, run, validation, self.num_training_batches)
-            checkpoint = self._checkpoints.open(ckpt_path, self)
-            self.resumed_from = str(checkpoint.path) if checkpoint is not None else None
-            has_own = type(module).configure_optimizers is not FitModule.configure_optimizers
-            optimizer = verbs.choose_optimizer(run, self._optimizer, self.estimated_steps, has_own)
-            run.trainable = optimizer.trainable
+            optimizers = self._choose_optimizers(run)
+            run.trainable = trained(optimizers, module.trainable)
             if ckpt_path is not None and checkpoint is None:
                 self._fan_out.continue_from(0)  # a fresh start where an earlier run may have logged
-            self._checkpoints.restore_host(checkpoint, run, self._fan_out, self.history)
+            self._checkpoints.restore_host(checkpoint, run, self._fan_out, self.history, optimizers)
             log_settings = self._settings_record(module)
             run.funnel.call("on_fit_start")
             run.build()
-            run.build_train_program(optimizer)
+            run.build_train_program(optimizers)
             position = self._checkpoints.restore_arrays(checkpoint, run)
             verbs.sanity_check(run, validation)
             verbs.train(run, source, self._plan, position, log_settings)
@@ -271,7 +287,8 @@ class Trainer(TrainerViews, TrainerData):
         Raises:
             CheckpointError: It cannot be written.
         """
-        self._checkpoints.save(path, self._running(), self.history, weights_only=weights_only, wait=not asynchronous)
+        run, how = self._running(), {"weights_only": weights_only, "wait": not asynchronous}
+        self._checkpoints.save(path, run, self.history, config=self._config, **how)
 
     def wait_for_checkpoints(self) -> None:
         """Waits until all asynchronous saves are on disk.
@@ -289,10 +306,12 @@ class Trainer(TrainerViews, TrainerData):
         check_module(module, {"validate": "validation_step", "test": "test_step"}.get(verb), verb)
         kind = {"validate": "val"}.get(verb, verb)
         self._control = Control()
-        self._ledger = Ledger(History(), self._publish)  # the fit's History stays as it was returned
+        # The fit's History stays as it was returned.
+        self._ledger = Ledger(History(), self._publish, self._fan_out.log_drawing)
         self._ledger.forget_host("eval")
         run = self._start(verb, module, datamodule)
-        with verbs.session(run, datamodule, self._fan_out, self._note_interrupt, self.wait_for_checkpoints):
+        with self._session(run):
+            verbs.find_settings(run, GivenData(verb, dataloaders, datamodule=datamodule), None)
             loaders = find_loaders(kind, dataloaders, datamodule, module)
             if loaders is None:
                 raise ConfigurationError(
@@ -301,53 +320,7 @@ class Trainer(TrainerViews, TrainerData):
             source = self._eval_source(kind, loaders)
             if not any(source.limits):
                 return []
-            checkpoint = self._checkpoints.open(ckpt_path, self)
+            checkpoint = self._checkpoints.open(ckpt_path, run)
             run.build()
             self._checkpoints.restore_weights(checkpoint, run)
             return verbs.predict(run, source) if verb == "predict" else verbs.evaluate(run, verb, source)
-
-    def _check_idle(self, verb: str) -> None:
-        """Refuses a verb within a verb: there is one record of where a Trainer is, and checkpoints are made of it."""
-        if self._run is not None and self._run.open:
-            raise ConfigurationError(
-                f"Trainer.{verb} was called while this Trainer's {self._run.verb} is under way, which it would break.\n"
-                "Fix: use another Trainer in the hook, for example Trainer(logger=False, enable_checkpointing=False)."
-            )
-
-    def _start(self, verb: str, module: FitModule, datamodule: Any) -> Run:
-        self.datamodule = datamodule
-        self._run = Run(self, module, verb, self.options, self.callbacks, self._progress, self._control, self._ledger)
-        return self._run
-
-    def _settings_record(self, module: FitModule) -> Callable[[], None]:
-        """What hands the run's settings to the loggers, as they are now."""
-        settings, texts = self.settings or module.hparams, dict(self.texts)
-        texts["partition"] = f"```\n{self.partition.table()}\n```"
-
-        def log() -> None:
-            self._fan_out.log_hyperparams(settings)
-            for tag, text in texts.items():
-                self._fan_out.log_text(tag, text)
-
-        return log
-
-    def _publish(self, metrics: dict[str, float], step: int) -> None:
-        self._fan_out.log_metrics(metrics, step)
-
-    def _note_interrupt(self) -> None:
-        self.interrupted = True
-
-    def _running(self) -> Run:
-        if self._run is None or self._run.live is None:
-            raise ConfigurationError("There is nothing to save yet. Fix: call save_checkpoint in a hook, or after fit.")
-        return self._run
-
-    @property
-    def loggers(self) -> list[Logger]:
-        """All loggers."""
-        return self._fan_out.loggers
-
-    @property
-    def checkpoint_callback(self) -> ModelCheckpoint | None:
-        """The first `ModelCheckpoint`, if there is one."""
-        return next((callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)), None)

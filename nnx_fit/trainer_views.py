@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nnx_fit.loggers.logger import Logger
     from nnx_fit.loops.fit import ValidationPlan
+    from nnx_fit.programs.live_optimizer import LiveOptimizer
     from nnx_fit.run import Run
     from nnx_fit.state.layout import Layout
 
@@ -170,6 +171,12 @@ class TrainerViews:
         """Why the train program was compiled, each time."""
         program = self._run.train_program if self._run is not None else None
         return program.compilations if program is not None else []
+
+    @property
+    def optimizers(self) -> list[LiveOptimizer]:
+        """The optimizers of a fit, from `on_train_start` on: their learning rates and hyperparameters."""
+        program = self._run.train_program if self._run is not None else None
+        return program.optimizers if program is not None else []
 
     @property
     def layout(self) -> Layout | None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 
+from nnx_fit.callbacks.finder import Finder, GivenData
 from nnx_fit.callbacks.monitor import check_monitored
+from nnx_fit.checkpoint.saving import Loaded, keyed
 from nnx_fit.data.sources import Source
 from nnx_fit.errors import ConfigurationError
-from nnx_fit.interrupts import end_with, watched
+from nnx_fit.interrupts import end_with, ends_at_once, watched
 from nnx_fit.loggers.fan_out import FanOut
 from nnx_fit.loggers.logger import Status
 from nnx_fit.loops.evaluate import renamer
@@ -20,6 +22,7 @@ from nnx_fit.loops.fit import FitLoop, ValidationPlan
 from nnx_fit.loops.progress import Interrupted
 from nnx_fit.optimizers import BoundOptimizer, bind, is_transformation, resolve
 from nnx_fit.options import Options
+from nnx_fit.plateaus import drive
 from nnx_fit.programs.train import TrainProgram
 from nnx_fit.run import Run
 
@@ -104,7 +107,7 @@ def _clean_up(steps: Sequence[Callable[[], Any]], cause: BaseException | None) -
 
 
 def _end_hooks(run: Run) -> None:
-    if run.verb == "fit":
+    if run.verb == "fit" and run.live is not None:
         with run.staged("train"):
             run.funnel.call("on_train_end")
         run.ledger.drain()
@@ -121,8 +124,33 @@ def _call(datamodule: Any, method: str, *args: Any) -> None:
         getattr(datamodule, method)(*args)
 
 
-def choose_optimizer(run: Run, setting: Any, estimated_steps: int | float, has_own: bool) -> BoundOptimizer:
-    """The optimizer of a fit: the module's, or the Trainer's when the module has none.
+def find_settings(run: Run, data: GivenData, checkpoint: Loaded | None) -> None:
+    """Lets finders choose their settings, in list order, before anything is built that depends on them.
+
+    Args:
+        run: The run, set up.
+        data: What it was given to run on.
+        checkpoint: What it continues from, or `None`.
+
+    Raises:
+        Interrupted: A signal ended a search.
+    """
+    for key, callback in keyed(run.callbacks):
+        if not isinstance(callback, Finder):
+            continue
+        saved = None if checkpoint is None else checkpoint.meta["callbacks"].get(key, {})
+        try:
+            callback.ask(run.trainer, run.module, data, saved)
+        except (KeyboardInterrupt, SystemExit) as ending:
+            if run.control.signal is None or ends_at_once(ending):
+                raise
+            raise Interrupted(run.control.signal) from None  # the trial has ended as a run does
+
+
+def choose_optimizers(
+    run: Run, setting: Any, estimated_steps: int | float, has_own: bool
+) -> tuple[BoundOptimizer, ...]:
+    """The optimizers of a fit: the module's, or the Trainer's when the module has none.
 
     Args:
         run: The run.
@@ -165,25 +193,41 @@ def validation_plan(options: Options, run: Run, source: Source | None, training_
         return ValidationPlan(None)
 
     def validate(recorded: Callable[[], None]) -> None:
+        _renewed(run, source)
         run.evaluate("validate", source, recorded=recorded)
 
-    interval, every_epochs = options.val_check_interval, options.check_val_every_n_epoch
+    return ValidationPlan(validate, _batches_between(options, training_batches), options.check_val_every_n_epoch)
+
+
+def _batches_between(options: Options, training_batches: int | float) -> int | None:
+    """Training batches between two validations; `None`: they are at the end of epochs."""
+    interval = options.val_check_interval
     if isinstance(interval, int):
-        if every_epochs is not None and interval > training_batches:
+        if options.check_val_every_n_epoch is not None and interval > training_batches:
             raise ConfigurationError(
                 f"Trainer(val_check_interval={interval}): an epoch has only {training_batches} training batches, so "
                 "validation would never run. Fix: lower it, or pass check_val_every_n_epoch=None to count batches "
                 "across epochs."
             )
-        return ValidationPlan(validate, interval, every_epochs)
+        return interval
     if interval == 1.0:
-        return ValidationPlan(validate, None, every_epochs)
+        return None
     if training_batches == float("inf"):
         raise ConfigurationError(
             f"Trainer(val_check_interval={interval}): the training loader has no length to take a fraction of.\n"
             "Fix: pass a whole number of batches."
         )
-    return ValidationPlan(validate, max(1, int(training_batches * interval)), every_epochs)
+    return max(1, int(training_batches * interval))
+
+
+def _renewed(run: Run, source: Source) -> bool:
+    """Asks for the loaders of a source again where that is due; the module, which may be whom to ask, is up to date."""
+    epoch = run.progress.epoch
+    if not source.due(epoch):
+        return False
+    run.show()
+    source.renew(epoch)
+    return True
 
 
 def sanity_check(run: Run, source: Source | None) -> None:
@@ -209,28 +253,36 @@ def train(run: Run, source: Source, plan: ValidationPlan, resumed_pass: Any, on_
         resumed_pass: Position in the training data to continue from, or `None`.
         on_first_step: Called once a step was made, so that a run that cannot make one leaves nothing behind.
     """
-    assert run.train_program is not None
     pending = [resumed_pass]
 
     def first_step_made() -> None:
         names = run.all_metric_names() if plan.run is None or run.has_validated else None
         if names is not None:
-            check_monitored(run.callbacks, names)
+            check_monitored([*run.callbacks, *run.trainer.optimizers], names)
         on_first_step()
 
     def open_batches() -> Any:
         state, pending[0] = pending[0], None
+        epoch = run.progress.epoch
+        if _renewed(run, source):
+            plan.every_batches = _batches_between(run.options, source.limits[0])
         if state is not None and not run.progress.in_epoch:
-            # That pass was over; it leaves the loader where the next one begins.
-            source.open(epoch=run.progress.epoch - 1, state=state).close()
+            if source.block_of(epoch - 1) == source.block_of(epoch):
+                # That pass was over; it leaves the loader where the next one begins.
+                source.open(epoch=epoch - 1, state=state).close()
             state = None
-        run.batches = source.open(epoch=run.progress.epoch, state=state)
-        return run.batches
+        run.batches = source.open(epoch=epoch, state=state)
+        return run.profile.batches("train_dataloader", run.batches)
 
     def refreshed(in_epoch: bool) -> TrainProgram:
         (run.refresh_in_epoch if in_epoch else run.refresh)()
+        if not in_epoch:
+            drive(run.trainer.optimizers, run.ledger, expected=run.progress.epoch > 0)
+        return timed_steps()
+
+    def timed_steps() -> TrainProgram:
         assert run.train_program is not None
-        return run.train_program
+        return run.profile.steps("training_step", run.train_program)
 
     with run.staged("train"):
         FitLoop(
@@ -239,7 +291,7 @@ def train(run: Run, source: Source, plan: ValidationPlan, resumed_pass: Any, on_
             run.control,
             run.funnel,
             run.ledger,
-            run.train_program,
+            timed_steps(),
             open_batches,
             plan,
             first_step_made,

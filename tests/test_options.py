@@ -70,6 +70,14 @@ def options(**given):
         ("detect_nonfinite", 0),
         ("barebones", "no"),
         ("jit", None),
+        ("deterministic", "warn"),
+        ("deterministic", 1),
+        ("profiler", "simpel"),
+        ("profiler", 3),
+        ("reload_dataloaders_every_n_epochs", -1),
+        ("reload_dataloaders_every_n_epochs", True),
+        ("default_root_dir", 3),
+        ("default_root_dir", ""),
     ],
 )
 def test_a_bad_value_names_the_argument_the_value_and_the_fix(name, value):
@@ -90,6 +98,14 @@ def test_a_bad_value_names_the_argument_the_value_and_the_fix(name, value):
         ({"check_val_every_n_epoch": None, "val_check_interval": 0.5}, "val_check_interval=0.5"),
         ({"enable_checkpointing": False, "callbacks": nf.ModelCheckpoint()}, "enable_checkpointing=False.*Checkpoint"),
         ({"barebones": True, "callbacks": nf.ModelCheckpoint()}, "barebones=True.*ModelCheckpoint"),
+        ({"barebones": True, "callbacks": nf.RichProgressBar()}, "barebones=True.*RichProgressBar"),
+        ({"enable_progress_bar": False, "callbacks": nf.RichProgressBar()}, "enable_progress_bar=False.*ProgressBar"),
+        ({"barebones": True, "logger": nf.CSVLogger("logs")}, "barebones=True, logger=CSVLogger"),
+        ({"barebones": True, "logger": [nf.CSVLogger("logs")]}, "barebones=True, logger=list"),
+        ({"barebones": True, "profiler": "simple"}, "barebones=True, profiler='simple'"),
+        ({"barebones": True, "profiler": nf.ProfilerCallback()}, "barebones=True, profiler=ProfilerCallback"),
+        ({"barebones": True, "fast_dev_run": 2}, "barebones=True, fast_dev_run=2"),
+        ({"barebones": True, "detect_nonfinite": True}, "barebones=True, detect_nonfinite=True"),
         ({"logger": 3}, "logger=.*int"),
         ({"logger": ["csv"]}, "logger=.*str"),
         ({"callbacks": [3]}, "callbacks=.*int"),
@@ -107,11 +123,8 @@ def test_arguments_that_contradict_each_other_are_both_named(given, message):
     ("name", "value"),
     [
         ("steps_per_call", 4),
-        ("deterministic", True),
-        ("profiler", "simple"),
         ("strategy", "fsdp"),
         ("devices", 2),
-        ("reload_dataloaders_every_n_epochs", 1),
     ],
 )
 def test_what_later_versions_take_is_refused_as_not_yet_supported(name, value):
@@ -216,5 +229,18 @@ def test_options_never_change():
         options().max_epochs = 3
 
 
-def test_a_numpy_fraction_is_a_fraction():
-    assert options(limit_train_batches=np.float64(0.5)).limit_train_batches == 0.5
+def test_a_numpy_number_is_the_number_that_it_is():
+    given = {
+        "max_epochs": np.int64(3),
+        "max_steps": np.int32(7),
+        "limit_train_batches": np.float32(0.5),
+        "val_check_interval": np.float64(0.25),
+        "gradient_clip_val": np.float16(2),
+        "jit": np.bool_(False),
+        "fast_dev_run": np.bool_(False),
+        "reload_dataloaders_every_n_epochs": np.uint8(1),
+    }
+    assert options(**given) == options(**{name: value.item() for name, value in given.items()})
+    assert type(options(**given).max_epochs) is int
+    with pytest.raises(ConfigurationError, match=r"max_epochs=3\.0"):
+        options(max_epochs=np.float64(3))

@@ -43,13 +43,20 @@ def test_making_a_trainer_writes_nothing(tmp_path, monkeypatch):
 def test_what_a_trainer_brings_by_default():
     trainer = nf.Trainer(max_epochs=1)
     assert names(trainer.loggers) == ["TensorBoardLogger"]
-    assert set(names(trainer.callbacks)) == {"RichProgressBar", "ModelSummary", "VariableMonitor", "ModelCheckpoint"}
+    brought = {"RichProgressBar", "ModelSummary", "VariableMonitor", "LearningRateMonitor", "ModelCheckpoint"}
+    assert set(names(trainer.callbacks)) == brought
     assert trainer.checkpoint_callback is trainer.callbacks[names(trainer.callbacks).index("ModelCheckpoint")]
     assert trainer.logger is trainer.loggers[0]
 
 
 def test_what_is_given_is_not_brought_twice_and_what_is_disabled_not_at_all():
-    mine = [nf.ModelCheckpoint(), nf.ModelSummary(), nf.RichProgressBar(), nf.VariableMonitor()]
+    mine = [
+        nf.ModelCheckpoint(),
+        nf.ModelSummary(),
+        nf.RichProgressBar(),
+        nf.VariableMonitor(),
+        nf.LearningRateMonitor(),
+    ]
     assert nf.Trainer(max_epochs=1, callbacks=mine).callbacks == mine
     assert quiet(max_epochs=1).callbacks == [] and quiet(max_epochs=1).loggers == []
     assert quiet(max_epochs=1).checkpoint_callback is None and quiet(max_epochs=1).logger is None

@@ -37,18 +37,19 @@ def metric_fields(template: str) -> list[str]:
     return [name for name, _ in _FIELD.findall(template) if name not in ("epoch", "step")]
 
 
-def format_name(template: str, values: Mapping[str, float]) -> str:
+def format_name(template: str, values: Mapping[str, float], *, insert_names: bool = True) -> str:
     """Fills a template: `"{epoch}-{val/loss:.2f}"` -> `epoch=2-val_loss=0.31`. A value that is missing is `nan`.
 
     Args:
         template: The template; each field becomes `name=value`.
         values: `epoch`, `step` and metrics.
+        insert_names: Whether it does; otherwise it becomes the value alone.
     """
 
     def fill(match: re.Match[str]) -> str:
         name, spec = match[1], (match[2] or ":")[1:]
         value = format(values.get(name, float("nan")), spec)
-        return f"{_UNSAFE.sub('_', name)}={value}"
+        return f"{_UNSAFE.sub('_', name)}={value}" if insert_names else value
 
     return _FIELD.sub(fill, template)
 

@@ -24,21 +24,27 @@ class CheckpointShelf:
         directory: Where they are.
         template: Template of their names.
         top: Which of them are kept.
+        insert_names: Whether fields of the template become `name=value`, or the value alone.
+        versions: Whether a name that is taken is counted up; otherwise the new checkpoint replaces what has it.
 
     Attributes:
         origin: The checkpoint that the run was resumed from, or `None`.
         last: Path of the `last` checkpoint, or `None` while there is none.
     """
 
-    def __init__(self, directory: Path, template: str, top: TopK):
+    def __init__(self, directory: Path, template: str, top: TopK, *, insert_names: bool = True, versions: bool = True):
         self.directory = directory
         self.origin: Path | None = None
         self.last: Path | None = None
         self._template = template
         self._top = top
+        self._insert_names = insert_names
+        self._versions = versions
         self._inherited: tuple[str, float] | None = None
         self._doomed: list[tuple[Path, Path]] = []
         self._continued = False
+        self._placed: Path | None = None
+        self._before: tuple[dict[str, float | None], Path | None, list[tuple[Path, Path]]] = ({}, None, [])
 
     @property
     def waiting(self) -> bool:
@@ -66,19 +72,30 @@ class CheckpointShelf:
         Returns:
             The path, or `None` when the state is not among those to keep.
         """
+        self._note()
         if not self._top.accepts(score):
             return None
-        path = names.free_path(self.directory / names.format_name(self._template, values), self._taken)
+        path = self.directory / names.format_name(self._template, values, insert_names=self._insert_names)
+        if self._versions:
+            path = names.free_path(path, self._taken)
+        else:
+            path = names.free_path(path, self._is_origin)
+            if not self._top.replaces(path.name, score):
+                return None
+        # Whatever had the name and was to be deleted is replaced, and nothing else must be deleted in its place.
+        self._doomed = [(successor, victim) for successor, victim in self._doomed if victim != path]
         victims = [self.directory / name for name in self._top.add(path.name, score)]
         if self.last is not None:
             # It is older than what is being saved, so it cannot be the state the run ends in.
             victims.append(self.last)
             self.last = None
         self._doomed += [(path, victim) for victim in victims]
+        self._placed = path
         return path
 
     def place_last(self) -> Path:
         """Where to save the state that the run may end in."""
+        self._note()
         if self.last is None:
             path = self.directory / names.LAST
             self.last = path if self._continued else names.free_path(path)
@@ -88,7 +105,25 @@ class CheckpointShelf:
             aside = names.free_path(self.directory / f"resumed-step={step}")
             self.last.rename(aside)
             self.origin = aside
+        self._placed = self.last
         return self.last
+
+    def settle(self, failed: bool) -> None:
+        """Once no save is under way: takes the last place back if nothing was saved there.
+
+        What it displaced has its own again.
+
+        Args:
+            failed: Whether a save has just failed, which may be that of another callback.
+        """
+        placed, self._placed = self._placed, None
+        if placed is None or is_complete(placed) or not (failed or placed.parent.is_dir()):
+            return
+        # As it was, also where nothing of it can be seen just now: a directory that is gone may come back.
+        self._top.scores, self.last, self._doomed = self._before
+
+    def _note(self) -> None:
+        self._before = (dict(self._top.scores), self.last, list(self._doomed))
 
     def tidy(self) -> None:
         """Deletes what was displaced by checkpoints that are complete by now."""

@@ -7,8 +7,10 @@ from typing import Any
 
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.callbacks.early_stopping import EarlyStopping
+from nnx_fit.callbacks.learning_rate_monitor import LearningRateMonitor
 from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint
 from nnx_fit.callbacks.model_summary import ModelSummary
+from nnx_fit.callbacks.profiler import ProfilerCallback
 from nnx_fit.callbacks.progress_bar import RichProgressBar
 from nnx_fit.callbacks.variable_monitor import VariableMonitor
 from nnx_fit.errors import ConfigurationError
@@ -17,36 +19,50 @@ from nnx_fit.loggers.tensorboard import TensorBoardLogger
 from nnx_fit.options import Options
 
 
-def with_defaults(given: Any, options: Options, loggers: Sequence[Logger]) -> list[Callback]:
+def with_defaults(
+    given: Any, options: Options, loggers: Sequence[Logger], tracer: ProfilerCallback | None = None
+) -> list[Callback]:
     """The callbacks of a run.
 
     Args:
         given: `Trainer(callbacks=...)`: a callback, an iterable of them, or `None`.
         options: The Trainer's options.
         loggers: The Trainer's loggers.
+        tracer: What `Trainer(profiler=...)` brings.
 
     Raises:
-        ConfigurationError: Something is no callback, or a checkpoint callback was given with checkpointing disabled.
+        ConfigurationError: Something is no callback, or is what an `enable_*` argument or `barebones` switches off.
     """
     callbacks = _listed(given)
+    if tracer is not None and not _has(callbacks, ProfilerCallback):
+        callbacks.append(tracer)
     if options.fast_dev_run:
         return [
             *(callback for callback in callbacks if not isinstance(callback, EarlyStopping | ModelCheckpoint)),
             *_screen(callbacks, options),
         ]
-    checkpointing = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-    if checkpointing and not options.enable_checkpointing:
-        because = "barebones=True" if options.barebones else "enable_checkpointing=False"
-        raise ConfigurationError(
-            f"Trainer({because}, callbacks=[..., ModelCheckpoint]): one asks for no checkpoints, the other for "
-            "checkpoints. Fix: drop one of them."
-        )
+    _refuse_switched_off(callbacks, options)
     extra = _screen(callbacks, options)
     if any(isinstance(logger, TensorBoardLogger) for logger in loggers) and not _has(callbacks, VariableMonitor):
         extra.append(VariableMonitor())
-    if options.enable_checkpointing and not checkpointing:
+    if any(isinstance(logger, TensorBoardLogger) for logger in loggers) and not _has(callbacks, LearningRateMonitor):
+        extra.append(_unasked(LearningRateMonitor()))
+    if options.enable_checkpointing and not _has(callbacks, ModelCheckpoint):
         extra.append(ModelCheckpoint())
     return [*callbacks, *extra]
+
+
+def _refuse_switched_off(callbacks: Sequence[Callback], options: Options) -> None:
+    for kind, argument, what in (
+        (ModelCheckpoint, "enable_checkpointing", "checkpoints"),
+        (RichProgressBar, "enable_progress_bar", "a progress bar"),
+    ):
+        if _has(callbacks, kind) and not getattr(options, argument):
+            because = "barebones=True" if options.barebones else f"{argument}=False"
+            raise ConfigurationError(
+                f"Trainer({because}, callbacks=[..., {kind.__name__}]): one asks for no {what.removeprefix('a ')}, the "
+                f"other for {what}. Fix: drop one of them."
+            )
 
 
 def _screen(callbacks: Sequence[Callback], options: Options) -> list[Callback]:
@@ -56,6 +72,11 @@ def _screen(callbacks: Sequence[Callback], options: Options) -> list[Callback]:
     if options.enable_progress_bar and not _has(callbacks, RichProgressBar):
         extra.append(RichProgressBar())
     return extra
+
+
+def _unasked(monitor: LearningRateMonitor) -> LearningRateMonitor:
+    monitor.asked_for = False
+    return monitor
 
 
 def _has(callbacks: Iterable[Callback], kind: type[Callback]) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nnx_fit.callbacks.arguments import whole_number
+from nnx_fit.callbacks.best_weights import BestWeights
 from nnx_fit.callbacks.callback import Callback, Phase
 from nnx_fit.callbacks.monitor import Mode, better, check_mode, missing_metric, validates_once_per_epoch, worst
 from nnx_fit.callbacks.terminal import say
@@ -16,12 +18,22 @@ if TYPE_CHECKING:
     from nnx_fit.module import FitModule
     from nnx_fit.trainer import Trainer
 
+logger = logging.getLogger("nnx_fit")
+
 
 class EarlyStopping(Callback):
     """Stops training when a metric has not improved for some checks.
 
     A check happens after every validation, or after every training epoch when there is none. `min_epochs` and
-    `min_steps` of the Trainer outrank it.
+    `min_steps` of the Trainer outrank it: once told to, training stops where both are reached.
+
+    With `restore_best`, the module that `fit` returns holds the values of its best check, parameters and statistics
+    alike, whatever ended the training but for an error. That happens after the last hook, so that the `last` checkpoint
+    is the state in which the run ended, and continues it; the values to restore are in each checkpoint, too. They are
+    those that were evaluated: with an `EMAWeights`, the average.
+
+    Differences to Lightning's: `start_from_epoch` and `restore_best` are Keras's; the latter goes by the best value,
+    also where it is better by less than `min_delta`.
 
     Args:
         monitor: Name of the metric.
@@ -34,11 +46,15 @@ class EarlyStopping(Callback):
         stopping_threshold: Stop once the metric is better than this.
         divergence_threshold: Stop once the metric is worse than this.
         check_on_train_epoch_end: Check after training epochs (`True`) or validations (`False`).
+        start_from_epoch: Index of the epoch with the first check; what comes before neither stops nor counts.
+        restore_best: At the end, put the weights of the best check into the module. Takes memory for a copy of them on
+            the device and in checkpoints.
 
     Attributes:
         wait_count: Checks without improvement so far.
         stopped_epoch: Index of the epoch in which it stopped training, 0 if it did not.
-        best_score: Best value so far.
+        best_score: Best value so far, by `min_delta`.
+        best_step: `global_step` of the weights that `restore_best` would restore, -1 if there are none.
 
     Example:
         >>> import nnx_fit as nf
@@ -63,6 +79,8 @@ class EarlyStopping(Callback):
         stopping_threshold: float | None = None,
         divergence_threshold: float | None = None,
         check_on_train_epoch_end: bool | None = None,
+        start_from_epoch: int = 0,
+        restore_best: bool = False,
     ):
         if not isinstance(monitor, str) or not monitor:
             raise ConfigurationError(
@@ -81,9 +99,17 @@ class EarlyStopping(Callback):
         self.stopping_threshold = stopping_threshold
         self.divergence_threshold = divergence_threshold
         self.check_on_train_epoch_end = check_on_train_epoch_end
+        self.start_from_epoch = whole_number("EarlyStopping", "start_from_epoch", start_from_epoch)
+        self.restore_best = restore_best
+        self._best = BestWeights(self.mode)
         self.wait_count = 0
         self.stopped_epoch = 0
         self.best_score = worst(self.mode)
+
+    @property
+    def best_step(self) -> int:
+        """`global_step` of the weights that `restore_best` would restore, -1 if there are none."""
+        return self._best.step
 
     def update(self, value: float) -> str | None:
         """Takes the metric's value at one check.
@@ -111,9 +137,17 @@ class EarlyStopping(Callback):
 
     def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:
         """Starts over: what another fit reached says nothing of this one. A run that continues has its state back."""
-        if stage == "fit":
-            self.wait_count = self.stopped_epoch = 0
-            self.best_score = worst(self.mode)
+        if stage != "fit":
+            return
+        self.wait_count = self.stopped_epoch = 0
+        self.best_score = worst(self.mode)
+        self._best = BestWeights(self.mode)
+        restoring = [each for each in trainer.callbacks if isinstance(each, EarlyStopping) and each.restore_best]
+        if len(restoring) > 1:
+            raise ConfigurationError(
+                f"{len(restoring)} EarlyStopping have restore_best=True, and a module holds one set of weights.\n"
+                "Fix: pass it to one of them."
+            )
 
     def on_validation_end(self, trainer: Trainer, module: FitModule) -> None:
         """Checks after a validation, unless training epochs are what is checked after."""
@@ -125,15 +159,43 @@ class EarlyStopping(Callback):
         if self._after_train_epochs(trainer):
             self._check(trainer)
 
+    def on_fit_end(self, trainer: Trainer, module: FitModule) -> None:
+        """Puts the best weights into the module."""
+        if not self.restore_best:
+            return
+        if better(self.mode, self.best_score, self._best.score):
+            logger.warning(
+                "EarlyStopping(restore_best=True): %s was %.6g in the part of the run that this one continues, which "
+                "did not keep its best weights. Fix: take them from that part's best checkpoint.",
+                self.monitor,
+                self.best_score,
+            )
+        if self._best.step >= 0:
+            self._best.put_back(trainer)
+            what = f"{self.monitor} = {self._best.score:.6g} at step {self._best.step}"
+            say(f"EarlyStopping: the module holds the best weights, {what}.")
+
     def state_dict(self) -> dict[str, Any]:
         """How long it has been waiting, and for what."""
-        return {"wait_count": self.wait_count, "stopped_epoch": self.stopped_epoch, "best_score": self.best_score}
+        state = {"wait_count": self.wait_count, "stopped_epoch": self.stopped_epoch, "best_score": self.best_score}
+        return {**state, "best_weights": self._best.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.wait_count = int(state["wait_count"])
         self.stopped_epoch = int(state["stopped_epoch"])
         self.best_score = float(state["best_score"])
+        if self.restore_best and "best_weights" in state:
+            self._best.load_state_dict(state["best_weights"])
+
+    def arrays(self) -> dict[str, Any]:
+        """The best weights, if they are to be restored."""
+        return self._best.arrays if self.restore_best else {}
+
+    def load_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Takes back what `arrays` gave."""
+        if self.restore_best:
+            self._best.load_arrays(arrays)
 
     def _after_train_epochs(self, trainer: Trainer) -> bool:
         if self.check_on_train_epoch_end is not None:
@@ -143,11 +205,15 @@ class EarlyStopping(Callback):
         return not trainer.validation_enabled or validates_once_per_epoch(trainer)
 
     def _check(self, trainer: Trainer) -> None:
+        if trainer.current_epoch < self.start_from_epoch:
+            return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             if self.strict:
                 raise missing_metric("EarlyStopping", self.monitor, list(metrics))
             return
+        if self.restore_best:
+            self._best.offer(metrics[self.monitor], trainer)
         reason = self.update(metrics[self.monitor])
         if reason is not None:
             self.stopped_epoch = trainer.current_epoch

@@ -12,9 +12,10 @@ from flax import nnx
 
 from nnx_fit.callbacks.arguments import whole_number
 from nnx_fit.callbacks.callback import Callback, pausing
+from nnx_fit.callbacks.weights import Displaced, current_variables, fill, layout_of, names_of
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.state import graph
-from nnx_fit.state.layout import Layout, Slot
+from nnx_fit.state.layout import Layout
 
 if TYPE_CHECKING:
     from nnx_fit.module import FitModule
@@ -77,7 +78,7 @@ class EMAWeights(Callback):
         self._evaluated = False
         self._layout: Layout | None = None
         self._selector: Any = None
-        self._kept: list[tuple[Slot, nnx.Variable, Any]] = []
+        self._kept: list[Displaced] = []
         self._displaced: dict[str, Any] = {}
 
     @property
@@ -95,7 +96,7 @@ class EMAWeights(Callback):
             ConfigurationError: There is no average, or the module lacks one of its parameters.
         """
         layout = Layout.of(module)
-        missing = self._average.keys() - {name for slot in layout.slots for name in _names(slot)}
+        missing = self._average.keys() - {name for slot in layout.slots for name in names_of(slot)}
         if missing or not self._average:
             what = f"the module has no {min(missing)}" if missing else "no average has begun"
             raise ConfigurationError(
@@ -120,7 +121,7 @@ class EMAWeights(Callback):
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
         """Begins the average, or goes on with the one of a checkpoint."""
         if self._displaced:
-            _fill(_layout(trainer), _current(trainer), self._displaced)
+            fill(layout_of(trainer), current_variables(trainer), self._displaced)
             self._displaced = {}
         self._advance(trainer)
 
@@ -173,7 +174,9 @@ class EMAWeights(Callback):
         """The average; in an evaluation also the parameters, as the module holds the average in their place."""
         found = {f"{AVERAGE}{name}": array for name, array in self._average.items()}
         for slot, _, raw in self._kept:
-            found |= {f"{TRAINED}{name}": part for name, part in zip(_names(slot), slot.parts(raw) or (), strict=True)}
+            found |= {
+                f"{TRAINED}{name}": part for name, part in zip(names_of(slot), slot.parts(raw) or (), strict=True)
+            }
         return found
 
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
@@ -201,60 +204,26 @@ class EMAWeights(Callback):
     def _live(self, trainer: Trainer) -> dict[str, jax.Array]:
         """The parameters in the program's hands: the next step donates them."""
         if trainer.layout is not self._layout:
-            self._layout = _layout(trainer)
+            self._layout = layout_of(trainer)
             paths = frozenset(slot.path for slot in self._layout.slots if slot.role == "params")
             self._selector = lambda path, value: path in paths
         return trainer.peek(self._selector)
 
     def _swap_in(self, trainer: Trainer) -> None:
         if self.use_for_eval and self._evaluated and self._average and not self._kept:
-            self._kept = self._put(_layout(trainer), _current(trainer))
+            self._kept = self._put(layout_of(trainer), current_variables(trainer))
 
     def _swap_back(self) -> None:
         for _, variable, raw in self._kept:
             variable.set_raw_value(raw)
         self._kept = []
 
-    def _put(
-        self, layout: Layout, variables: Mapping[graph.Path, nnx.Variable]
-    ) -> list[tuple[Slot, nnx.Variable, Any]]:
-        pairs = (pair for slot in layout.slots for pair in zip(_names(slot), slot.shapes, strict=True))
+    def _put(self, layout: Layout, variables: Mapping[graph.Path, nnx.Variable]) -> list[Displaced]:
+        pairs = (pair for slot in layout.slots for pair in zip(names_of(slot), slot.shapes, strict=True))
         dtypes = {name: shape.dtype for name, shape in pairs}
         names = tuple(self._average)
         values = _cast(list(self._average.values()), dtypes=tuple(dtypes[name] for name in names))
-        return _fill(layout, variables, dict(zip(names, values, strict=True)))
-
-
-def _fill(
-    layout: Layout, variables: Mapping[graph.Path, nnx.Variable], values: Mapping[str, Any]
-) -> list[tuple[Slot, nnx.Variable, Any]]:
-    """Writes arrays into the Variables that they are of; returns what was there before."""
-    before = []
-    for slot in layout.slots:
-        names = _names(slot)
-        if names and all(name in values for name in names):
-            variable = variables[slot.path]
-            before.append((slot, variable, variable.get_raw_value()))
-            variable.set_raw_value(slot.value([values[name] for name in names]))
-    return before
-
-
-def _names(slot: Slot) -> list[str]:
-    """The names that `trainer.peek` has for the arrays of a Variable."""
-    return [slot.name] if len(slot.shapes) == 1 else [f"{slot.name}[{i}]" for i in range(len(slot.shapes))]
-
-
-def _layout(trainer: Trainer) -> Layout:
-    assert trainer.layout is not None, "no run is under way"
-    return trainer.layout
-
-
-def _current(trainer: Trainer) -> dict[graph.Path, nnx.Variable]:
-    """The module's Variables by path, brought up to date."""
-    parts = trainer.partition
-    return {
-        path: leaf for state in (parts.params, parts.frozen, parts.stats) for path, leaf in nnx.to_flat_state(state)
-    }
+        return fill(layout, variables, dict(zip(names, values, strict=True)))
 
 
 def _variables(module: nnx.Module) -> dict[graph.Path, nnx.Variable]:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nnx_fit.callbacks import checkpoint_names as names
 from nnx_fit.callbacks.arguments import seconds, whole_number
 from nnx_fit.callbacks.callback import Callback, Phase, pausing
+from nnx_fit.callbacks.checkpoint_attempts import Attempts
 from nnx_fit.callbacks.checkpoint_shelf import CheckpointShelf
 from nnx_fit.callbacks.monitor import Mode, check_mode, missing_metric, monitored_value, validates_once_per_epoch
+from nnx_fit.callbacks.terminal import say
 from nnx_fit.callbacks.top_k import TopK
 from nnx_fit.checkpoint.directories import check_writable
 from nnx_fit.errors import ConfigurationError
@@ -33,6 +35,13 @@ class ModelCheckpoint(Callback):
     Without any of the three intervals, it saves after every epoch; with a `monitor` that validation logs, after the
     validation. A state that is not among the best is kept as `last` until there is a newer checkpoint.
 
+    Differences to Lightning's: `last` is always the state the run ended in, and on by default. Without a monitor every
+    epoch is saved, however often there is a validation. A save that is due by steps waits for the validation that
+    measures the monitored metric, where Lightning takes the value of the one before. A metric's `/` is `_` in a file
+    name and makes no directory; one that was not logged is `nan` there, not 0. What a run continues from is never
+    deleted. A save that fails is reported once, what it would have displaced stays, and training goes on; only one that
+    fails at the end of the run is an error.
+
     Args:
         dirpath: Directory of the checkpoints. Default: `checkpoints` in the Trainer's `log_dir`.
         filename: Template of their names; fields are `epoch` (from 0), `step` (`global_step`) and metrics. Default:
@@ -47,6 +56,11 @@ class ModelCheckpoint(Callback):
         save_on_exception: Save `last` when an error or a signal ends the run.
         save_weights_only: Leave out what only training needs.
         async_save: Write in the background while training goes on.
+        save_on_train_epoch_end: Save after training epochs (`True`) or after validations (`False`), where
+            `every_n_epochs` says so. `None`: as said above.
+        auto_insert_metric_name: Write fields of the template as `name=value`; `False`: as the value alone.
+        enable_version_counter: A name that is taken gets `-v1`, `-v2`, ...; `False`: the new one replaces what has it.
+        verbose: Report every checkpoint.
 
     Raises:
         ConfigurationError: An argument is invalid or contradicts another one.
@@ -76,6 +90,11 @@ class ModelCheckpoint(Callback):
         save_on_exception: bool = True,
         save_weights_only: bool = False,
         async_save: bool = True,
+        *,
+        save_on_train_epoch_end: bool | None = None,
+        auto_insert_metric_name: bool = True,
+        enable_version_counter: bool = True,
+        verbose: bool = False,
     ):
         owner = "ModelCheckpoint"
         self.dirpath = Path(dirpath) if dirpath is not None else None
@@ -106,6 +125,10 @@ class ModelCheckpoint(Callback):
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
         self.async_save = async_save
+        self.save_on_train_epoch_end = save_on_train_epoch_end
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self.enable_version_counter = enable_version_counter
+        self.verbose = verbose
         self._shelf: CheckpointShelf | None = None
         self._validation_metric: bool | None = None
         self._validated = False
@@ -114,6 +137,7 @@ class ModelCheckpoint(Callback):
         self._saved_step = -1
         self._ended_step = -1
         self._next_time = float("inf")
+        self._attempts = Attempts()
 
     @property
     def best_model_path(self) -> str:
@@ -141,12 +165,19 @@ class ModelCheckpoint(Callback):
         if self._shelf is None or stage == "fit":
             # Each fit has its own: the best of another one, perhaps of another module, is not the best of this one.
             self.dirpath = self.directory(trainer)
-            self._shelf = CheckpointShelf(self.dirpath, self.filename, TopK(self.save_top_k, self.mode))
+            self._shelf = CheckpointShelf(
+                self.dirpath,
+                self.filename,
+                TopK(self.save_top_k, self.mode),
+                insert_names=self.auto_insert_metric_name,
+                versions=self.enable_version_counter,
+            )
         if stage == "fit":
             check_writable(self._shelf.directory)
             self._validation_metric = None
             self._start_step = None
             self._saved_step = self._ended_step = -1
+            self._attempts = Attempts()
             self._validated = self._deferred = False
 
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
@@ -183,13 +214,14 @@ class ModelCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: FitModule) -> None:
         """Saves what waited for the validation."""
-        if not trainer.fitting or trainer.sanity_checking or self.monitor is None:
+        if not trainer.fitting or trainer.sanity_checking:
             return
-        self._validated = True
-        if self._validation_metric is None and self.monitor in trainer.callback_metrics:
-            self._validation_metric = True
-        due = self._deferred or (self._epoch_due(trainer) and not validates_once_per_epoch(trainer))
-        if self._validation_metric and due:
+        if self.monitor is not None:
+            self._validated = True
+            if self._validation_metric is None and self.monitor in trainer.callback_metrics:
+                self._validation_metric = True
+        deferred = self._deferred and bool(self._validation_metric)
+        if deferred or (self._epoch_due(trainer) and self._saves_after_validations(trainer)):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: FitModule) -> None:
@@ -200,7 +232,11 @@ class ModelCheckpoint(Callback):
             metrics = trainer.callback_metrics
             if self.monitor not in metrics:
                 raise missing_metric("ModelCheckpoint", self.monitor, list(metrics))
-        if self._epoch_due(trainer) and (validates_once_per_epoch(trainer) or not waits):
+        if self.save_on_train_epoch_end is None:
+            here = validates_once_per_epoch(trainer) or not waits
+        else:
+            here = self._known(trainer) and (self.save_on_train_epoch_end or not trainer.validation_enabled)
+        if here and self._epoch_due(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: FitModule) -> None:
@@ -233,9 +269,13 @@ class ModelCheckpoint(Callback):
         if step == self._saved_step:
             return
         self._saved_step = step
+        self._attempts.settle(trainer, self._ready)
         score = None if self.monitor is None else monitored_value("ModelCheckpoint", self.monitor, trainer)
         values = dict(trainer.callback_metrics) if names.metric_fields(self.filename) else {}
         path = self._ready.place(score, values | {"epoch": trainer.current_epoch, "step": step})
+        if self.verbose:
+            what = f"saves {path.name}" if path is not None else f"step {step} is not among the best {self.save_top_k}"
+            say(f"ModelCheckpoint: {what}{f', {self.monitor} = {score:.6g}' if score is not None else ''}")
         if path is not None:
             self._write(trainer, path, asynchronous=self.async_save)
         elif self.save_last:
@@ -246,20 +286,18 @@ class ModelCheckpoint(Callback):
         trained = self._start_step is not None and step > self._start_step
         if trained and self.save_last and self._ended_step != step:
             self._ended_step = step
-            self._write_last(trainer, asynchronous=False)
-        trainer.wait_for_checkpoints()
+            self._write_last(trainer, asynchronous=False, gives_up=True)
         if self._shelf is not None:
+            self._attempts.settle(trainer, self._shelf)
             self._shelf.tidy()
 
-    def _write_last(self, trainer: Trainer, *, asynchronous: bool) -> None:
-        if self._ready.waiting:
-            # An older `last` may be about to go, and its name to become free.
-            trainer.wait_for_checkpoints()
-            self._ready.tidy()
-        self._write(trainer, self._ready.place_last(), asynchronous=asynchronous)
+    def _write_last(self, trainer: Trainer, *, asynchronous: bool, gives_up: bool = False) -> None:
+        self._attempts.settle(trainer, self._ready)
+        self._ready.tidy()  # an older `last` may be about to go, and its name to become free
+        self._write(trainer, self._ready.place_last(), asynchronous=asynchronous, gives_up=gives_up)
 
-    def _write(self, trainer: Trainer, path: Path, *, asynchronous: bool) -> None:
-        trainer.save_checkpoint(path, weights_only=self.save_weights_only, asynchronous=asynchronous)
+    def _write(self, trainer: Trainer, path: Path, *, asynchronous: bool, gives_up: bool = False) -> None:
+        self._attempts.save(trainer, self._ready, path, self.save_weights_only, asynchronous, gives_up)
         self._ready.tidy()
         self._pause(trainer.global_step)
 
@@ -278,6 +316,16 @@ class ModelCheckpoint(Callback):
             # Validation would have been noticed: training has logged it.
             self._validation_metric = False
         return self._validation_metric is not False
+
+    def _saves_after_validations(self, trainer: Trainer) -> bool:
+        """Whether what is due in an epoch is saved after each of its validations, and not at its end."""
+        if self.save_on_train_epoch_end is not None:
+            return not self.save_on_train_epoch_end and self._known(trainer)
+        return bool(self._validation_metric) and not validates_once_per_epoch(trainer)
+
+    def _known(self, trainer: Trainer) -> bool:
+        """Whether the monitored metric, if there is one, was logged by now."""
+        return self.monitor is None or self.monitor in trainer.callback_metrics
 
     def _epoch_due(self, trainer: Trainer) -> bool:
         return bool(self.every_n_epochs) and (trainer.current_epoch + 1) % self.every_n_epochs == 0

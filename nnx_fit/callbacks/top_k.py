@@ -31,6 +31,14 @@ class TopK:
             return True
         return better(self.mode, self.rank(score), self.rank(self.scores[self._worst()]))
 
+    def replaces(self, entry: str, score: float | None) -> bool:
+        """Whether what has a name may be replaced by what has this score: not by anything worse. Then forgets it."""
+        held = self.scores.get(entry)
+        if held is not None and score is not None and better(self.mode, held, self.rank(score)):
+            return False
+        self.scores.pop(entry, None)
+        return True
+
     def add(self, entry: str, score: float | None) -> list[str]:
         """Keeps an entry that `accepts` said yes to; returns those that are no longer kept."""
         displaced = []

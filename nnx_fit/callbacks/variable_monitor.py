@@ -86,7 +86,8 @@ class VariableMonitor(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: FitModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Records where it is due."""
         if self._interval:
-            if trainer.global_step % self._interval == 0 and trainer.global_step != self._recorded_step:
+            # The first batches of a window of accumulation come before the first update.
+            if trainer.global_step % self._interval == 0 and trainer.global_step not in (0, self._recorded_step):
                 self._record(trainer)
             self._remember(trainer)
 

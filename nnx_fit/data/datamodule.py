@@ -22,6 +22,10 @@ class DataModule:
     at the end. A loader is any re-iterable of batches: an `ArrayLoader`, a Grain dataset, a PyTorch `DataLoader`, a
     list; the evaluation methods may also return a list or a dict of loaders.
 
+    Attributes:
+        trainer: The Trainer that used the data module last; its `current_epoch` is what
+            `reload_dataloaders_every_n_epochs` asks loaders for.
+
     Example:
         >>> import numpy as np
         >>> from nnx_fit import ArrayLoader, DataModule
@@ -37,6 +41,8 @@ class DataModule:
         >>> data.provides("train"), data.provides("val")
         (True, False)
     """
+
+    trainer: Any = None
 
     def prepare_data(self) -> None:
         """Downloads or converts files. Called on one process only: do not set attributes here."""

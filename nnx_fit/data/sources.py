@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,9 @@ class Source:
         names: Suffix of each loader's metric names; empty for a single loader.
         limits: Number of batches of a pass over each, `inf` where it is unknown.
         place: Puts a batch on the device.
+        every: Epochs in a block, for each of which the loaders are asked for again; 0: they stay.
+        block: Index of the block whose loaders these are.
+        ask: Makes the source of a block, given the index of its first epoch.
     """
 
     kind: str
@@ -64,6 +67,24 @@ class Source:
     names: list[str]
     limits: list[int | float]
     place: Place = dataclasses.field(default_factory=default_place)
+    every: int = 0
+    block: int = 0
+    ask: Callable[[int], Source] | None = None
+
+    def block_of(self, epoch: int) -> int:
+        """Index of the block of epochs that an epoch is in."""
+        return epoch // self.every if self.every else 0
+
+    def due(self, epoch: int) -> bool:
+        """Whether the loaders are those of another block than the epoch's."""
+        return self.block_of(epoch) != self.block
+
+    def renew(self, epoch: int) -> None:
+        """Takes the loaders of an epoch's block in the place of those it has."""
+        assert self.ask is not None
+        self.block = self.block_of(epoch)
+        fresh = self.ask(self.block * self.every)
+        self.loaders, self.names, self.limits = fresh.loaders, fresh.names, fresh.limits
 
     def open(self, index: int = 0, epoch: int = 0, limit: int | float | None = None, state: Any = None) -> Prefetcher:
         """Opens one pass over a loader.

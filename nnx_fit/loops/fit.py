@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ from nnx_fit.loops.funnel import Funnel
 from nnx_fit.loops.progress import Control, Interrupted, Progress
 from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.options import Options
+
+logger = logging.getLogger("nnx_fit")
 
 
 class Steps(Protocol):
@@ -35,13 +38,14 @@ class Steps(Protocol):
         """Starts a new epoch of metrics."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ValidationPlan:
     """When a fit validates.
 
     Attributes:
         run: Runs the validation loop, or `None` when there is none. Its argument is called when all is recorded.
-        every_batches: Number of training batches between validations, or `None` for the end of the epoch.
+        every_batches: Number of training batches between validations, or `None` for the end of the epoch. A new
+            training loader may change it between two epochs.
         every_epochs: Number of epochs between validations; `None` counts batches across epochs.
     """
 
@@ -60,6 +64,10 @@ class ValidationPlan:
     def due_after_epoch(self, progress: Progress) -> bool:
         """Whether to validate at the end of the epoch."""
         return self.run is not None and self.every_batches is None and self._epoch_due(progress)
+
+    def never_due(self, batches: int) -> bool:
+        """Whether an epoch of so many batches is too short for a validation."""
+        return self.every_epochs is not None and self.every_batches is not None and self.every_batches > batches
 
     def _epoch_due(self, progress: Progress) -> bool:
         return self.every_epochs is not None and (progress.epoch + 1) % self.every_epochs == 0
@@ -106,6 +114,7 @@ class FitLoop:
         self._open_batches = open_batches
         self._validation = validation
         self._on_first_step: Callable[[], None] | None = on_first_step
+        self._first_epoch = True
         self._clock = clock
         self._refreshed = refreshed or (lambda in_epoch: steps)
         self._deadline = None if options.max_time is None else clock() + options.max_time
@@ -220,6 +229,14 @@ class FitLoop:
 
     def _end_epoch(self, complete: bool) -> None:
         progress, plan = self._progress, self._validation
+        if complete and self._first_epoch and plan.never_due(progress.batch_idx):
+            logger.warning(
+                "Trainer(val_check_interval=%d): an epoch has only %d training batches, so validation never runs. "
+                "Fix: lower it, or pass check_val_every_n_epoch=None to count batches across epochs.",
+                plan.every_batches,
+                progress.batch_idx,
+            )
+        self._first_epoch = False
         due = plan.due_after_epoch(progress) if complete else plan.run is not None
         if due and progress.validated_step != progress.global_step:
             self._validate()

@@ -42,20 +42,33 @@ class Funnel:
         module: The module, second argument of a callback's hooks.
         callbacks: Callbacks in list order.
         show: Brings the module's Variables up to date; called before a hook that may look at them.
+        timed: Gives a function like the one it is given, whose calls are measured under a name.
 
     Attributes:
         hook: Name of the hook being called, or `None`.
         looked: Whether a hook that may change the module was called since this was last set to False.
     """
 
-    def __init__(self, trainer: Any, module: Any, callbacks: Sequence[Callback], show: Callable[[], None]):
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        callbacks: Sequence[Callback],
+        show: Callable[[], None],
+        timed: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, function: function,
+    ):
         self.hook: str | None = None
         self.looked = False
         self._trainer = trainer
         self._module = module
         self._callbacks = list(callbacks)
         self._show = show
+        self._timed = timed
         self._listeners: dict[str, list[_Listener]] = {}
+
+    def silence(self, *hooks: str) -> None:
+        """Lets nobody hear of some hooks."""
+        self._listeners.update({hook: [] for hook in hooks})
 
     def overridden(self, hook: str) -> bool:
         """Whether anybody listens to a hook."""
@@ -139,12 +152,15 @@ class Funnel:
         listeners.sort(key=lambda listener: order.index(listener.phase))
         if overrides(self._module, hook, ModuleHooks):
             first_after = sum(1 for listener in listeners if listener.phase == "before")
-            listeners.insert(first_after, _Listener("before", True, getattr(self._module, hook), None))
+            call = self._timed(f"{type(self._module).__name__}.{hook}", getattr(self._module, hook))
+            listeners.insert(first_after, _Listener("before", True, call, None))
         return listeners
 
     def _listener(self, callback: Callback, hook: str) -> _Listener:
         function = getattr(callback, hook)
-        call = functools.partial(function, self._trainer, self._module)
+        call = self._timed(
+            f"{type(callback).__name__}.{hook}", functools.partial(function, self._trainer, self._module)
+        )
         pauses = callback if getattr(function, "pausing", False) else None
         return _Listener(callback.phase, callback.reads_module, call, pauses)
 

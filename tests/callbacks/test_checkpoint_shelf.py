@@ -120,3 +120,27 @@ def test_origin_that_is_last_makes_room_once(tmp_path):
     complete(mine.place_last(), step=8)
     assert mine.place_last() == tmp_path / "last"
     assert names(tmp_path) == ["last", "resumed-step=7"]
+
+
+def test_a_name_that_is_taken_again_before_its_old_owner_is_deleted_stays(tmp_path):
+    mine = CheckpointShelf(tmp_path, "{val}", TopK(1, "min"))
+    complete(tmp_path / "val=2")
+    mine.load_state_dict({"directory": str(tmp_path), "kept": {"val=2": 2.0}, "doomed": [], "best": ["", None]})
+    first = mine.place(1.0, {"val": 1})
+    assert first == tmp_path / "val=1" and mine.waiting
+    # While the first is still being written, a better one takes the name of what is to be deleted.
+    assert mine.place(0.5, {"val": 2}) == tmp_path / "val=2"
+    complete(first)
+    mine.tidy()
+    assert names(tmp_path) == ["val=2"]
+
+
+def test_without_versions_a_name_goes_to_what_is_not_worse_and_never_from_the_origin(tmp_path):
+    mine = CheckpointShelf(tmp_path, "best", TopK(2, "min"), versions=False)
+    assert mine.place(2.0, {}) == tmp_path / "best"
+    complete(tmp_path / "best")
+    assert mine.place(3.0, {}) is None
+    assert mine.place(1.0, {}) == tmp_path / "best"
+    assert mine.best == (str(tmp_path / "best"), 1.0) and not mine.waiting
+    mine.origin = tmp_path / "best"
+    assert mine.place(0.5, {}) == tmp_path / "best-v1"

@@ -47,6 +47,70 @@ def test_check_that_stops(values, options, expected):
     assert stops_at(values, **options) == expected
 
 
+# PyTorch Lightning 2.6.6 on CPU: a module of one parameter, whose validation_step logs the next value of the sequence
+# under "val/target" from a loader of one batch; 2 training batches per epoch (4 with val_check_interval); Trainer(
+# max_epochs=len(values), logger=False, num_sanity_val_steps=0, **trainer). Printed after fit: global_step,
+# current_epoch, and wait_count, stopped_epoch, best_score of EarlyStopping("val/target", **options). Where a run stops
+# in mid-epoch, Lightning counts that epoch in current_epoch; here an epoch counts when it is complete.
+@pytest.mark.parametrize(
+    ("values", "options", "trainer", "expected"),
+    [
+        ([1, 2, 2, 2, 2, 2], {"patience": 3}, {}, (8, 4, 3, 3, 1)),
+        ([1, 2, 3, 0.5, 0.6, 0.7, 0.8], {"patience": 2}, {}, (6, 3, 2, 2, 1)),
+        ([3, 2.5, 2.0, 1.5, 1.0], {"patience": 2, "min_delta": 0.5}, {}, (10, 5, 0, 0, 1)),
+        ([3, 2.4, 1.8, 1.2], {"patience": 2, "min_delta": 0.5}, {}, (8, 4, 0, 0, 1.2)),
+        ([1, 1.5, 2, 2.6], {"patience": 2, "min_delta": 0.5, "mode": "max"}, {}, (8, 4, 0, 0, 2.6)),
+        ([1, 2], {"patience": 0}, {}, (4, 2, 1, 1, 1)),
+        ([1, NAN, 0.5], {}, {}, (4, 2, 0, 1, 1)),
+        ([1, INF, 0.5], {}, {}, (4, 2, 0, 1, 1)),
+        ([1, NAN, NAN, 0.5, 0.4], {"check_finite": False}, {}, (10, 5, 0, 0, 0.4)),
+        ([1, NAN, NAN, NAN, 0.4], {"check_finite": False}, {}, (8, 4, 3, 3, 1)),
+        ([1, 0.2, 0.1, 0.05], {"stopping_threshold": 0.2}, {}, (6, 3, 0, 2, 0.2)),
+        ([1, 10, 11, 3], {"divergence_threshold": 10.0}, {}, (6, 3, 1, 2, 1)),
+        ([0.5, 0.1, 0.05, 1], {"divergence_threshold": 0.1, "mode": "max"}, {}, (6, 3, 1, 2, 0.5)),
+        ([1] * 8, {"patience": 1}, {"min_epochs": 4}, (8, 4, 3, 3, 1)),
+        ([1] * 8, {"patience": 1}, {"min_steps": 7}, (7, 3, 3, 3, 1)),  # Lightning: 4
+        ([1, 1, 0.5, 0.4, 0.3, 0.3, 0.3], {"patience": 1}, {"min_epochs": 4}, (8, 4, 0, 1, 0.4)),
+        ([1] * 8, {"patience": 2}, {"val_check_interval": 0.5, "max_epochs": 4}, (6, 1, 2, 1, 1)),  # 2
+        ([1] * 8, {"patience": 1}, {"check_val_every_n_epoch": 2, "max_epochs": 9}, (8, 4, 1, 3, 1)),
+        (
+            [1] * 8,
+            {"patience": 2, "check_on_train_epoch_end": True},
+            {"val_check_interval": 0.5, "max_epochs": 4},
+            (12, 3, 2, 2, 1),
+        ),
+        ([1] * 8, {"patience": 2, "check_on_train_epoch_end": False}, {}, (6, 3, 2, 2, 1)),
+    ],
+)
+def test_a_fit_ends_where_lightnings_does(values, options, trainer, expected):
+    stopping = nf.EarlyStopping("val/target", **options)
+    batches = 4 if "val_check_interval" in trainer else 2
+    done = scripted_fit(
+        values,
+        nets.quiet(**{"max_epochs": len(values), "jit": False, "callbacks": stopping, **trainer}),
+        batches=batches,
+    )
+    found = (done.global_step, done.current_epoch, stopping.wait_count, stopping.stopped_epoch, stopping.best_score)
+    assert found == pytest.approx(expected)
+
+
+# Keras 3.11's rule, `if epoch < self.start_from_epoch: return`, by hand: epochs before it neither stop nor count.
+@pytest.mark.parametrize(
+    ("values", "options", "expected"),
+    [
+        ([1, 2, 2, 2, 2, 2], {"start_from_epoch": 2, "patience": 2}, (5, 2, 2.0)),
+        ([0, 5, 4, 3, 3, 3], {"start_from_epoch": 1, "patience": 2}, (6, 2, 3.0)),
+        ([NAN, 3, 2], {"start_from_epoch": 1}, (3, 0, 2.0)),
+        ([0.1, 3, 2], {"start_from_epoch": 1, "stopping_threshold": 0.5}, (3, 0, 2.0)),
+        ([1, 1, 1], {"start_from_epoch": 9, "patience": 1}, (3, 0, INF)),
+    ],
+)
+def test_epochs_before_the_first_to_check_neither_stop_nor_count(values, options, expected):
+    stopping = nf.EarlyStopping("val/target", **options)
+    trainer = scripted_fit(values, nets.quiet(max_epochs=len(values), jit=False, callbacks=stopping))
+    assert (trainer.current_epoch, stopping.wait_count, stopping.best_score) == expected
+
+
 def test_training_stops_and_says_why(tmp_path, capsys):
     stopping = nf.EarlyStopping("val/target", mode="max", patience=2)
     trainer = scripted_fit([1, 3, 2, 3, 9, 9], nets.quiet(max_epochs=6, callbacks=stopping))
@@ -117,6 +181,7 @@ def test_state_round_trip():
         ({"monitor": "m", "mode": "auto"}, "mode='auto'"),
         ({"monitor": "m", "patience": 1.5}, "patience=1.5"),
         ({"monitor": "m", "min_delta": -1}, "min_delta=-1"),
+        ({"monitor": "m", "start_from_epoch": -1}, "start_from_epoch=-1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -330,3 +330,9 @@ def test_nothing_is_read_before_it_has_arrived(monkeypatch):
     monkeypatch.setattr(variable_monitor, "summarize", lambda *args, **kwargs: Late(summarize(*args, **kwargs)))
     recorder, _ = tracked_fit(nf.VariableMonitor(every_n_steps=4), steps=8)
     assert recorder.metrics["state/odd/mean"] == [(4, 4.0), (8, 8.0)]
+
+
+def test_a_window_of_accumulation_is_recorded_once_when_it_is_full():
+    """The batches before the first update are at step 0, where there is nothing to record."""
+    recorder, _ = tracked_fit(nf.VariableMonitor(every_n_steps=2), steps=8, accumulate_grad_batches=2)
+    assert [step for step, _ in recorder.metrics["state/odd/mean"]] == [2, 4]
