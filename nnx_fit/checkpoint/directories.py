@@ -1,34 +1,41 @@
 """Checkpoint directories: which are complete, how one takes the place of another, and their plain values.
 
 Everything here is files and names; it is safe against being killed between any two of its steps. The arrays inside
-are read and written by `store.py`.
+are read and written by `store.py`; whether the files are still what was written is what `checksums.py` knows.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nnx_fit.errors import CheckpointError
+from nnx_fit.checkpoint import checksums
+from nnx_fit.errors import CheckpointError, NotWrittenError
 
 FORMAT = 1
 META_FILE = Path("meta", "meta.json")
 _COMPLETE = "commit_success.txt"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+# What is being written: Orbax is done with it once the first of these is all that its name ends with.
+_WRITING = ".nnx-fit-writing"
 # While a checkpoint takes the place of another, both exist under names of their own, each of them complete.
 _NEXT, _PREVIOUS = ".nnx-fit-next", ".nnx-fit-previous"
 
 _log = logging.getLogger(__name__)
 
 
+class _NewerFormatError(CheckpointError):
+    """A checkpoint is whole, and not for this version to read."""
+
+
 def is_complete(path: str | Path) -> bool:
     """Whether a directory is a checkpoint that was written to its end."""
     path = Path(path)
-    return _TEMPORARY not in path.name and (path / _COMPLETE).is_file() and (path / META_FILE).is_file()
+    return not _unfinished(path) and (path / _COMPLETE).is_file() and (path / META_FILE).is_file()
 
 
 def load_meta(path: str | Path) -> dict[str, Any]:
@@ -41,18 +48,77 @@ def load_meta(path: str | Path) -> dict[str, Any]:
 
 
 def find_checkpoints(directory: str | Path) -> list[Path]:
-    """The complete checkpoints in a directory, the one that got furthest first (by `global_step`, then by age)."""
-    directory = Path(directory)
+    """The complete checkpoints in a directory, the one that got furthest first (by `global_step`, then by age).
+
+    Those with damaged plain values are passed over, with a warning; whether the files of the others are as they were
+    written is not looked at.
+    """
+    found = []
+    for path, document in _documents(Path(directory)):
+        if isinstance(document, CheckpointError):
+            _pass_over(document)
+        else:
+            found.append(path)
+    return found
+
+
+def newest_undamaged(directory: str | Path) -> Path | None:
+    """The checkpoint in a directory that got furthest and is as it was written; `None` if there is none.
+
+    Every damaged one that got further is named in a warning.
+
+    Raises:
+        CheckpointError: One of them has a format for a newer version, which an older one is no substitute for.
+    """
+    for path, document in _documents(Path(directory)):
+        if isinstance(document, _NewerFormatError):
+            raise document
+        if isinstance(document, CheckpointError):
+            _pass_over(document)
+        elif wrong := _damage(path, document):
+            _pass_over(_unusable(path, wrong))
+        else:
+            return path
+    return None
+
+
+def check_files(path: str | Path) -> None:
+    """Compares every file of a checkpoint with the checksum it was written with.
+
+    Checkpoints from before there were checksums have none, and pass.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint at `path`, or it is damaged: names the files, what is wrong
+            with them, and the newest checkpoint beside it that is not.
+    """
+    path = Path(os.path.abspath(path))
+    if wrong := _damage(path, read_document(path)):
+        raise damaged(path, wrong)
+
+
+def _documents(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | CheckpointError]]:
+    """Complete checkpoints with their documents, the one that got furthest first; unreadable ones before them."""
     found = []
     for path in directory.iterdir() if directory.is_dir() else ():
         if is_complete(path):
+            step: float = float("inf")
+            document: dict[str, Any] | CheckpointError
             try:
-                step = load_meta(path).get("global_step", -1)
+                document = _document(path)
+                step = float(document["meta"].get("global_step", -1))
             except CheckpointError as error:
-                _log.warning("%s It is passed over.", error)
-                continue
-            found.append((step, (path / _COMPLETE).stat().st_mtime_ns, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+                document = error
+            found.append(((step, (path / _COMPLETE).stat().st_mtime_ns, str(path)), path, document))
+    for _, path, document in sorted(found, key=lambda each: each[0], reverse=True):
+        yield path, document
+
+
+def _damage(path: Path, document: Mapping[str, Any]) -> list[str]:
+    return checksums.damage(path, document.get("files", {}))
+
+
+def _pass_over(error: CheckpointError) -> None:
+    _log.warning("%s\nIt is passed over.", error)
 
 
 def check_writable(directory: str | Path) -> None:
@@ -82,7 +148,33 @@ def delete_checkpoint(path: str | Path) -> None:
 
 def discard_unfinished(target: Path) -> None:
     """Frees the disk of what a failed save had written so far."""
-    shutil.rmtree(target.with_name(target.name + _TEMPORARY), ignore_errors=True)
+    for suffix in (_WRITING + _TEMPORARY, _WRITING, _TEMPORARY):
+        shutil.rmtree(target.with_name(target.name + suffix), ignore_errors=True)
+
+
+def writing_place(target: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return target.with_name(target.name + _WRITING)
+
+
+def complete(target: Path, document: Mapping[str, Any]) -> None:
+    """Ends the writing of a checkpoint: its files are summed up, its document is written, and it gets its name.
+
+    Args:
+        target: The name.
+        document: Everything it holds but its arrays.
+    """
+    writing = writing_place(target)
+    writing.mkdir(exist_ok=True)  # it is there already if there are arrays
+    if not (writing / _COMPLETE).exists():
+        (writing / _COMPLETE).write_text("complete\n")
+    files = checksums.sums_of(writing)
+    (writing / META_FILE.parent).mkdir(exist_ok=True)
+    with (writing / META_FILE).open("wb") as file:
+        file.write(checksums.sealed({**document, "files": files}))
+        file.flush()
+        checksums.flushed(file.fileno())
+    writing.rename(target)
 
 
 def settle(path: Path) -> Path:
@@ -96,6 +188,8 @@ def settle(path: Path) -> Path:
     for leftover in (following, previous):
         if leftover.exists():
             delete_checkpoint(leftover)
+    for target in (path, following):
+        discard_unfinished(target)
     ours = is_complete(path) or any((path / part).exists() for part in ("arrays", META_FILE.parent))
     if path.exists() and not ours and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
@@ -115,7 +209,7 @@ def take_place(target: Path, path: Path) -> None:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Everything a checkpoint holds but its arrays: the plain values and the index of the arrays.
+    """Everything a checkpoint holds but its arrays: the plain values, the index of the arrays, the checksums.
 
     Raises:
         CheckpointError: There is no complete, readable checkpoint at `path`.
@@ -123,43 +217,84 @@ def read_document(path: Path) -> dict[str, Any]:
     if not is_complete(path):
         raise CheckpointError(_why_incomplete(path))
     try:
-        document = json.loads((path / META_FILE).read_text())
-        version, _, _ = (document[key] for key in ("format", "meta", "index"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(path, error) from error
+        return _document(path)
+    except _NewerFormatError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{_instead_of(path)}") from error
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = checksums.unsealed((path / META_FILE).read_bytes())
+        version, meta, index = (document[key] for key in ("format", "meta", "index"))
+        if not (isinstance(version, int) and isinstance(meta, dict) and isinstance(index, dict)):
+            raise TypeError("it has other entries")
+    except OSError as error:
+        raise _unusable(path, [f"{META_FILE.as_posix()} cannot be read ({error.strerror})"]) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unusable(path, [f"{META_FILE.as_posix()} is not what was written ({_first_line(error)})"]) from error
     if version > FORMAT:
-        raise CheckpointError(
+        raise _NewerFormatError(
             f"The checkpoint {path} has format {version}; this nnx_fit reads up to {FORMAT}. Fix: update nnx_fit."
         )
     return document
 
 
+def _unfinished(path: Path) -> bool:
+    return path.name.endswith((_TEMPORARY, _WRITING))
+
+
 def _why_incomplete(path: Path) -> str:
-    near = path if path.is_dir() else path.parent
-    others = [other.name for other in find_checkpoints(near)]
-    hint = f"Fix: use one of the complete checkpoints in {near}: {', '.join(others[:5])}." if others else (
-        "Fix: pass the path of a checkpoint directory, for example RUN_DIR/checkpoints/last."
-    )  # fmt: skip
+    hint = _others_near(path) or "Fix: pass the path of a checkpoint directory, for example RUN_DIR/checkpoints/last."
     if not path.exists():
         return f"There is no checkpoint at {path}.\n{hint}"
     if not path.is_dir():
         return f"{path} is a file; a checkpoint is a directory.\n{hint}"
-    if (path / META_FILE).exists() or _TEMPORARY in path.name or (path / "arrays").exists():
-        return f"The checkpoint {path} is incomplete: the process that wrote it ended before it was done.\n{hint}"
+    if (path / META_FILE).exists() or _unfinished(path) or (path / "arrays").exists():
+        missing = _COMPLETE if not (path / _COMPLETE).is_file() else META_FILE.as_posix()
+        what = "not at its end" if _unfinished(path) else f"without {missing}"
+        return (
+            f"The checkpoint {path} is incomplete: the process that wrote it ended before it was done, or one that "
+            f"deleted it did ({what}).\n{hint}"
+        )
     return f"{path} is not a checkpoint of nnx_fit.\n{hint}"
+
+
+def _others_near(path: Path) -> str:
+    for near in (path, path / "checkpoints", path.parent):
+        others = [other.name for other, document in _documents(near) if not isinstance(document, CheckpointError)]
+        if others:
+            return f"Fix: use one of the complete checkpoints in {near}: {', '.join(others[:5])}."
+    return ""
+
+
+def damaged(path: Path, wrong: list[str]) -> CheckpointError:
+    """The error for a checkpoint whose files are not what was written, with what may be used instead of it."""
+    return CheckpointError(f"{_unusable(path, wrong)}\n{_instead_of(path)}")
+
+
+def _unusable(path: Path, wrong: list[str]) -> CheckpointError:
+    shown = "".join(f"\n    {each}" for each in wrong[:10])
+    more = f"\n    ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+    return CheckpointError(f"The checkpoint {path} is damaged:{shown}{more}")
+
+
+def _instead_of(path: Path) -> str:
+    for other, document in _documents(path.parent):
+        if other.name != path.name and not isinstance(document, CheckpointError) and not _damage(other, document):
+            return f"Fix: use {other}, the one that got furthest of those beside it that are not damaged."
+    return "Fix: bring the files back from a copy; there is no other checkpoint beside it that is not damaged."
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a complete checkpoint whose files cannot be read."""
-    return CheckpointError(
-        f"The checkpoint {path} is damaged and cannot be read ({type(error).__name__}: {_first_line(error)}).\n"
-        "Fix: use another one in the same directory."
-    )
+    return damaged(path, [f"arrays cannot be read ({type(error).__name__}: {_first_line(error)})"])
 
 
-def not_written(path: Path, error: Exception) -> CheckpointError:
+def not_written(path: Path, error: Exception) -> NotWrittenError:
     """The error for a save that failed."""
-    return CheckpointError(
+    return NotWrittenError(
         f"The checkpoint {path} could not be written ({type(error).__name__}: {_first_line(error)}).\n"
         "Nothing was left under that name but what was there before. Fix: check that the disk has space and that the "
         "directory is writable."

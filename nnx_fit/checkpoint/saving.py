@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import logging
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from nnx_fit import __version__
 from nnx_fit.callbacks.callback import Callback
-from nnx_fit.checkpoint import contents
-from nnx_fit.checkpoint.directories import find_checkpoints, load_meta
-from nnx_fit.checkpoint.store import CheckpointStore, load_arrays
-from nnx_fit.errors import CheckpointError, ConfigurationError
+from nnx_fit.checkpoint import contents, fitting
+from nnx_fit.checkpoint.construction import recorded
+from nnx_fit.checkpoint.finding import Loaded, find, read
+from nnx_fit.checkpoint.fitting import Before
+from nnx_fit.checkpoint.store import CheckpointStore
+from nnx_fit.errors import CheckpointError
 from nnx_fit.loggers.fan_out import FanOut
 from nnx_fit.metrics.history import History
+from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.run import Run
 from nnx_fit.state.layout import ROLES
 
 logger = logging.getLogger("nnx_fit")
 
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A checkpoint that was found and read.
-
-    Attributes:
-        path: Its directory.
-        meta: Its plain values.
-    """
-
-    path: Path
-    meta: dict[str, Any]
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 LOSS_SCALE = ("scale", "updates since it changed")
@@ -47,8 +36,11 @@ class Checkpoints:
 
     def __init__(self) -> None:
         self._store = CheckpointStore()
+        self._before = Before()
 
-    def save(self, path: str | Path, run: Run, history: History, *, weights_only: bool, wait: bool) -> None:
+    def save(
+        self, path: str | Path, run: Run, history: History, *, weights_only: bool, wait: bool, config: str = ""
+    ) -> None:
         """Writes a checkpoint of a run.
 
         Args:
@@ -57,6 +49,7 @@ class Checkpoints:
             history: Its history.
             weights_only: Leave out what only training needs.
             wait: Return when it is on disk; otherwise once it is copied to the host.
+            config: The run's configuration, to be read by people.
 
         Raises:
             CheckpointError: It cannot be written.
@@ -66,8 +59,10 @@ class Checkpoints:
         meta: dict[str, Any] = {
             "weights_only": weights_only or run.train_program is None,
             "module": type(run.module).__qualname__,
-            "hparams": dict(run.module.hparams),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            **recorded(run.module.hparams),
+            "precision": run.options.precision,
+            "versions": versions(),
+            "config": config.removeprefix("```yaml\n").removesuffix("```"),
             "global_step": run.progress.global_step,
             "epoch": run.progress.epoch,
         }
@@ -81,10 +76,10 @@ class Checkpoints:
                 arrays["window"] = contents.window_arrays(run.live.layout, run.train_program.window)
             if run.train_program.loss_scale:
                 arrays["loss_scale"] = dict(zip(LOSS_SCALE, run.train_program.loss_scale, strict=True))
-            arrays["metrics"] = {"epoch": run.train_program.accumulators}
+            arrays["metrics"] = run.train_program.accumulators.named()
             meta |= {
                 "progress": run.progress.state_dict(),
-                "metric_names": [dataclasses.asdict(spec) for spec in run.train_program.table.specs],
+                "metric_names": run.train_program.table.state_dict(),
                 "callbacks": {key: callback.state_dict() for key, callback in keyed(run.callbacks)},
                 "loader": _position(run),
                 "history": history.state_dict(),
@@ -100,64 +95,73 @@ class Checkpoints:
         """Waits until all saves are on disk."""
         self._store.wait()
 
-    def open(self, ckpt_path: str | Path | None, trainer: Any) -> Loaded | None:
+    def open(self, ckpt_path: str | Path | None, run: Run) -> Loaded | None:
         """Finds and reads the checkpoint that `ckpt_path` means; `None` when there is none to start from.
 
+        Nothing of the run is touched, and what can be known to be in the way of using the checkpoint is an error here.
+
         Raises:
-            CheckpointError: It does not exist or is damaged.
-            ConfigurationError: `"best"` without a monitored checkpoint callback.
+            CheckpointError: It does not exist, is damaged, is of another module, or holds weights only where a fit is
+                to continue.
+            ConfigurationError: No `ModelCheckpoint` says which one it is.
         """
         if ckpt_path is None:
             return None
         self.wait()
-        path = self._find(str(ckpt_path), trainer)
-        return None if path is None else Loaded(path, load_meta(path))
-
-    def _find(self, ckpt_path: str, trainer: Any) -> Path | None:
-        callback = trainer.checkpoint_callback
-        if ckpt_path == "best":
-            if callback is None or callback.monitor is None:
-                raise ConfigurationError(
-                    'ckpt_path="best": no ModelCheckpoint with a monitor decides which checkpoint is best.\n'
-                    'Fix: add ModelCheckpoint(monitor=...), or use ckpt_path="last".'
-                )
-            if not callback.best_model_path:
-                raise CheckpointError('ckpt_path="best": no checkpoint was saved yet. Fix: fit first, or give a path.')
-            return Path(callback.best_model_path)
-        if ckpt_path != "last":
-            return Path(ckpt_path)
-        if callback is None:
-            raise ConfigurationError('ckpt_path="last" needs a ModelCheckpoint. Fix: add one, or give a path.')
-        found = find_checkpoints(callback.directory(trainer))
-        if not found:
-            logger.warning(
-                'ckpt_path="last": there is no checkpoint in %s; starting fresh.', callback.directory(trainer)
-            )
+        path = find(ckpt_path, run.trainer)
+        if path is None:
             return None
-        return found[0]
+        if run.verb == "fit":
+            loaded = read(path, ())
+            if "progress" not in loaded.meta:
+                raise CheckpointError(
+                    f"The checkpoint {path} holds weights only, so training cannot continue from it.\n"
+                    "Fix: use one saved without save_weights_only, or start from its weights with "
+                    f"{type(run.module).__name__}.load_from_checkpoint(path)."
+                )
+        else:
+            loaded = read(path, ROLES, and_callbacks=[_group(key) for key, _ in keyed(run.callbacks)])
+        if fitting.is_settled(run):
+            fitting.check_module(loaded, run)
+        return loaded
 
-    def restore_host(self, loaded: Loaded | None, run: Run, loggers: FanOut, history: History) -> None:
-        """Gives progress, callbacks, data module and history back what a checkpoint saved of them.
+    def restore_position(self, loaded: Loaded | None, run: Run) -> None:
+        """Gives progress and data module back what a checkpoint saved of them: what loaders may depend on."""
+        if loaded is None:
+            return
+        self._before = Before()
+        self._before.remember(run.progress)
+        run.progress.load_state_dict(loaded.meta["progress"])
+        datamodule = run.trainer.datamodule
+        if "datamodule" in loaded.meta and hasattr(datamodule, "load_state_dict"):
+            self._before.remember(datamodule)
+            datamodule.load_state_dict(loaded.meta["datamodule"])
+
+    def restore_host(
+        self,
+        loaded: Loaded | None,
+        run: Run,
+        loggers: FanOut,
+        history: History,
+        optimizers: Sequence[BoundOptimizer],
+    ) -> None:
+        """Gives callbacks, metrics and history back what a checkpoint saved of them.
 
         Raises:
-            CheckpointError: The checkpoint holds weights only.
+            CheckpointError: The checkpoint is of other optimizers; nothing was changed.
         """
         if loaded is None:
             return
+        if fitting.is_settled(run):
+            with self._before.unless_refused():
+                fitting.check_optimizers(loaded, run, optimizers)
         meta = loaded.meta
-        if "progress" not in meta:
-            raise CheckpointError(
-                f"The checkpoint {loaded.path} holds weights only, so training cannot continue from it.\n"
-                "Fix: use one saved without save_weights_only."
-            )
-        run.progress.load_state_dict(meta["progress"])
+        named = [(key, callback) for key, callback in keyed(run.callbacks) if key in meta["callbacks"]]
+        self._before.remember(history, run.ledger, *(callback for _, callback in named))
         history.load_state_dict(meta["history"])
         run.ledger.load_state_dict(meta["ledger"])
-        for key, callback in keyed(run.callbacks):
-            if key in meta["callbacks"]:
-                callback.load_state_dict(meta["callbacks"][key])
-        if "datamodule" in meta and hasattr(run.trainer.datamodule, "load_state_dict"):
-            run.trainer.datamodule.load_state_dict(meta["datamodule"])
+        for key, callback in named:
+            callback.load_state_dict(meta["callbacks"][key])
         loggers.continue_from(run.progress.global_step)
         run.funnel.call("on_load_checkpoint", meta.get("user", {}))
         logger.info("Continuing from %s at step %d.", loaded.path, run.progress.global_step)
@@ -174,18 +178,19 @@ class Checkpoints:
         if loaded is None:
             return None
         assert run.live is not None and run.train_program is not None
-        program = run.train_program
-        saved = load_arrays(loaded.path)
-        arrays = contents.restore_module(loaded.path, run.live.layout, saved)
-        opt_state = contents.restore_optimizer(loaded.path, program.optimizer_state, saved["optimizer"])
-        window = contents.restore_window(loaded.path, run.live.layout, saved.get("window"))
+        program, saved = run.train_program, loaded.arrays
+        with self._before.unless_refused():
+            arrays = contents.restore_module(loaded.path, run.live.layout, saved)
+            opt_state = contents.restore_optimizer(loaded.path, program.optimizer_state, saved["optimizer"])
+            window = contents.restore_window(loaded.path, run.live.layout, saved.get("window"))
         run.live.replace(arrays)
         program.set_optimizer_state(opt_state)
-        program.restore_metrics(loaded.meta["metric_names"], np.asarray(saved["metrics"]["epoch"]))
+        program.restore_metrics(loaded.meta["metric_names"], saved["metrics"])
         program.set_window(window)
         if program.loss_scale and "loss_scale" in saved:
             program.set_loss_scale([saved["loss_scale"][name] for name in LOSS_SCALE])
         _restore_callbacks(saved, run)
+        loaded.arrays.clear()
         return loaded.meta["loader"]
 
     def restore_weights(self, loaded: Loaded | None, run: Run) -> None:
@@ -193,11 +198,15 @@ class Checkpoints:
         if loaded is None:
             return
         assert run.live is not None
-        wanted = {_group(key) for key, _ in keyed(run.callbacks)}
-        own = [group for key in loaded.meta.get("callback_arrays", ()) if (group := _group(key)) in wanted]
-        saved = load_arrays(loaded.path, [*ROLES, *own])
-        run.live.replace(contents.restore_module(loaded.path, run.live.layout, saved))
-        _restore_callbacks(saved, run)
+        run.live.replace(contents.restore_module(loaded.path, run.live.layout, loaded.arrays))
+        _restore_callbacks(loaded.arrays, run)
+        loaded.arrays.clear()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint depends on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"nnx_fit": __version__, "python": platform.python_version(), **found}
 
 
 def _group(key: str) -> str:

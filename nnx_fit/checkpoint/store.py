@@ -22,7 +22,8 @@ import numpy as np
 
 from nnx_fit.checkpoint.directories import (
     FORMAT,
-    META_FILE,
+    check_files,
+    complete,
     delete_checkpoint,
     discard_unfinished,
     find_checkpoints,
@@ -33,6 +34,7 @@ from nnx_fit.checkpoint.directories import (
     settle,
     take_place,
     unreadable,
+    writing_place,
 )
 from nnx_fit.errors import CheckpointError
 
@@ -88,11 +90,11 @@ class CheckpointStore:
             ) from error
         target = settle(path)
         try:
-            self._start(target, groups, document)
+            self._start(writing_place(target), groups)
         except Exception as error:
             raise not_written(path, error) from error
         assert self._worker is not None
-        self._pending = (path, self._worker.submit(self._finish, target, path))
+        self._pending = (path, self._worker.submit(self._finish, target, path, document, bool(groups)))
         if not asynchronous:
             self.wait()
 
@@ -121,7 +123,7 @@ class CheckpointStore:
                 self._checkpointer.close()
                 self._worker = self._checkpointer = None
 
-    def _start(self, target: Path, groups: dict[str, dict[str, Any]], document: dict[str, Any]) -> None:
+    def _start(self, target: Path, groups: dict[str, dict[str, Any]]) -> None:
         import orbax.checkpoint as ocp
 
         if self._checkpointer is None:
@@ -131,14 +133,15 @@ class CheckpointStore:
             self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=options)
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         target.parent.mkdir(parents=True, exist_ok=True)
-        items: dict[str, Any] = {"meta": ocp.args.JsonSave(document)}
         if groups:
-            items["arrays"] = ocp.args.PyTreeSave(groups)
-        self._checkpointer.save(target, args=ocp.args.Composite(**items))
+            self._checkpointer.save(target, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(groups)))
 
-    def _finish(self, target: Path, path: Path) -> None:
+    def _finish(self, target: Path, path: Path, document: dict[str, Any], has_arrays: bool) -> None:
         try:
-            self._checkpointer.wait_until_finished()
+            if has_arrays:
+                self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                complete(target, document)
         except Exception:
             discard_unfinished(target)
             raise
@@ -146,20 +149,25 @@ class CheckpointStore:
             take_place(target, path)
 
 
-def load_arrays(path: str | Path, groups: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+def load_arrays(
+    path: str | Path, groups: Iterable[str] | None = None, *, checked: bool = False
+) -> dict[str, dict[str, Any]]:
     """The arrays of a checkpoint, on the host.
 
     Args:
         path: Directory of the checkpoint.
         groups: Names of the groups to read; `None` reads all of them.
+        checked: Whether its files were compared with their checksums a moment ago.
 
     Returns:
         Groups of NumPy arrays by name, in the order they were saved; PRNG keys come back as typed keys.
 
     Raises:
-        CheckpointError: There is no complete, readable checkpoint at `path`, or it lacks a group.
+        CheckpointError: There is no complete, undamaged checkpoint at `path`, or it lacks a group.
     """
     path = Path(os.path.abspath(path))
+    if not checked:
+        check_files(path)
     index: dict[str, list[dict[str, Any]]] = read_document(path)["index"]
     wanted = list(index) if groups is None else list(groups)
     missing = [group for group in wanted if group not in index]
@@ -225,9 +233,7 @@ def _group_key(name: str) -> str:
 def _handler() -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.CompositeCheckpointHandler(
-        arrays=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler(filename=META_FILE.name)
-    )
+    return ocp.CompositeCheckpointHandler(arrays=ocp.PyTreeCheckpointHandler())
 
 
 def _read(path: Path, stored: dict[str, dict[str, int]]) -> dict[str, dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from nnx_fit.checkpoint import directories
+from nnx_fit.checkpoint.checksums import sealed, unsealed
 from nnx_fit.checkpoint.store import (
     CheckpointStore,
     delete_checkpoint,
@@ -69,7 +70,7 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(make, tmp_path, name, me
     make(1, "good")
     (make(2, "killed") / "commit_success.txt").unlink()
     meta = make(2, "future") / "meta" / "meta.json"
-    meta.write_text(meta.read_text().replace('"format": 1', '"format": 99').replace('"format":1', '"format":99'))
+    meta.write_bytes(sealed({**unsealed(meta.read_bytes()), "format": 99}))
     (tmp_path / "other").mkdir()
     (tmp_path / "file").write_text("")
     for load in (load_meta, load_arrays):
@@ -119,3 +120,17 @@ def test_kill_at_any_moment_of_a_replacement_loses_nothing(make, tmp_path, monke
     directories.settle(tmp_path / "last")
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
     assert load_meta(tmp_path / "last") == {"global_step": 3}
+
+
+def test_what_a_killed_save_had_written_is_no_checkpoint_and_goes_with_the_next_one(make, tmp_path):
+    for name in ("a.nnx-fit-writing", "a.nnx-fit-writing.orbax-checkpoint-tmp"):
+        assert not is_complete(make(3, name))
+        with pytest.raises(CheckpointError, match=r"is incomplete.*not at its end"):
+            load_meta(tmp_path / name)
+    make(1, "b")
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["b"]
+    assert directories.newest_undamaged(tmp_path) == tmp_path / "b"
+    store = CheckpointStore()
+    store.save(tmp_path / "a", {"a": {"x": jnp.ones(3)}}, {"global_step": 9}, asynchronous=False)
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -345,7 +345,8 @@ def test_a_checkpoint_holds_every_array_by_role_and_path(tmp_path):
     assert int(arrays["stats"]["seen"]) == 4 + 4 + 2 + 4
     assert (meta["global_step"], meta["epoch"], meta["progress"]["batch_idx"]) == (4, 1, 1)
     assert meta["module"] == "Net" and meta["hparams"] == {"features": 3} and meta["weights_only"] is False
-    assert {"jax", "flax", "optax", "orbax-checkpoint"} <= set(meta["versions"])
+    assert {"nnx_fit", "python", "jax", "flax", "optax", "orbax-checkpoint"} <= set(meta["versions"])
+    assert "\n  max_epochs: 3\n" in meta["config"] and meta["precision"] == "32"
 
 
 @pytest.mark.parametrize("weights_only", [True, False])
