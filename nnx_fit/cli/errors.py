@@ -114,7 +114,11 @@ def _composition_mistake(error: Exception, words: Sequence[str], config_name: st
     origin = _innermost_module(error)
     if isinstance(error, (ValueError, RecursionError)) and origin.startswith(("hydra.", "omegaconf.")):
         return str(error).splitlines()[0]
-    if isinstance(error, OSError) and origin in ("pathlib", "pathlib._local", "os"):
+    if (
+        isinstance(error, OSError)
+        and origin in ("pathlib", "pathlib._local", "os")
+        and not _last_user_line(error.__traceback__)
+    ):
         return (
             f"cannot write to {error.filename}: {error.strerror}.\n"
             "Fix: run in a folder you may write to, or choose another one with hydra.run.dir=DIRECTORY."

@@ -19,7 +19,7 @@ import hydra
 
 import nnx_fit
 from nnx_fit import configs
-from nnx_fit.cli import composition, errors, project, saved_run
+from nnx_fit.cli import composition, errors, project, resume, saved_run
 from nnx_fit.cli.job import TASKS
 from nnx_fit.cli.overrides import COMMANDS, rewrite, split_command
 
@@ -51,14 +51,19 @@ def run(words: Sequence[str]) -> int:
     overrides: list[str] = []
     config_name = "config"
     try:
-        command, overrides = split_command(words)
-        project.enter(Path.cwd())
-        configs.register()
-        overrides = rewrite(overrides, _groups(overrides))
-        if command != "fit":
-            config_name = saved_run.primary_config(overrides)
-        overrides = composition.with_missing_arguments(config_name, overrides)
-        _start(command, overrides, config_name)
+        command, overrides, word = split_command(words)
+        run_dir = resume.find_run(word) if command == "resume" and not _asks_for_help(overrides) else None
+        folder = Path.cwd() if run_dir is None else resume.working_directory(run_dir)
+        with project.working_in(folder):
+            project.enter(folder)
+            configs.register()
+            overrides = rewrite(overrides, _groups(overrides))
+            if run_dir is not None:
+                config_name = resume.primary_config(run_dir, overrides)
+            elif command != "fit":
+                config_name = saved_run.primary_config(overrides)
+            overrides = composition.with_missing_arguments(config_name, overrides)
+            _start(command, overrides, config_name)
     except KeyboardInterrupt as interrupt:
         print("Interrupted.", file=sys.stderr)
         _leave_if_at_once(interrupt, 130)
@@ -70,6 +75,10 @@ def run(words: Sequence[str]) -> int:
         errors.report(error, overrides, config_name)
         return 1
     return 0
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    return not {"-h", "--help", "--hydra-help"}.isdisjoint(words)
 
 
 def _ignore_signals() -> None:
@@ -109,6 +118,8 @@ def _without_command(line: str) -> str:
     """The line that is being completed, without the command, which Hydra's completion would take for an override."""
     program, _, rest = line.partition(" ")
     first, blank, others = rest.lstrip().partition(" ")
+    if first == "resume":
+        _, blank, others = others.lstrip().partition(" ")  # nor does it know what to make of the directory
     return f"{program} {others}" if first in COMMANDS and blank else line
 
 

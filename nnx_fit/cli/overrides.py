@@ -1,7 +1,7 @@
 """The words of the command line before Hydra sees them.
 
-Separates the command (`fit`, `test`, ...) from the overrides, and writes two things the way Hydra's grammar wants them:
-`group=null`, and values that hold characters of the grammar (`ckpt_path=outputs/epoch=2-step=15`).
+Separates the command (`fit`, `test`, `resume RUN_DIR`, ...) from the overrides, and writes two things the way Hydra's
+grammar wants them: `group=null`, and values that hold characters of the grammar (`ckpt_path=outputs/epoch=2-step=15`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -17,8 +19,15 @@ from nnx_fit.cli.suggestions import nearest
 from nnx_fit.configs import GROUPS, TrainerConfig
 from nnx_fit.errors import ConfigurationError
 
-COMMANDS = ("fit", "validate", "test", "predict")
-_OTHER_NAMES = {"train": "fit", "run": "fit", "eval": "validate", "evaluate": "validate", "infer": "predict"}
+COMMANDS = ("fit", "validate", "test", "predict", "resume")
+_OTHER_NAMES = {
+    "train": "fit",
+    "run": "fit",
+    "continue": "resume",
+    "eval": "validate",
+    "evaluate": "validate",
+    "infer": "predict",
+}
 
 # Hydra's own flags. Those with a value take the next word, which is then no command.
 _FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"}
@@ -30,19 +39,31 @@ _OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[\w$][\w$\-./@:]*)=(?P<va
 _STRUCTURED = re.compile(r"[\[{'\"].*|[A-Za-z_]\w*\(.*\)", re.DOTALL)
 
 
-def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Takes the command out of the words.
+class CommandLine(NamedTuple):
+    """The words of a command line, told apart.
+
+    Attributes:
+        command: One of `COMMANDS`.
+        overrides: Flags and overrides, in order.
+        run_dir: What follows `resume`.
+    """
+
+    command: str
+    overrides: list[str]
+    run_dir: str | None = None
+
+
+def split_command(words: Sequence[str]) -> CommandLine:
+    """Takes the command out of the words, and the directory that belongs to it.
 
     Args:
-        words: What follows `nnx-fit` on the command line.
-
-    Returns:
-        The command (`"fit"` without one) and the other words, in order.
+        words: What follows `nnx-fit` on the command line; without a command it is `"fit"`.
 
     Raises:
         ConfigurationError: A word is neither a command, a flag of Hydra nor an override.
     """
     command: str | None = None
+    run_dir: str | None = None
     rest: list[str] = []
     previous = ""
     for word in words:
@@ -50,13 +71,20 @@ def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
         previous = word
         if word.startswith("-") and not value_of_flag:
             _check_flag(word)
+        elif not value_of_flag and command == "resume" and run_dir is None and _may_be_directory(word):
+            run_dir = word
+            continue
         elif not value_of_flag and "=" not in word and not word.startswith("~"):
             if command is not None or word not in COMMANDS:
                 raise _unknown_word(word, first=command is None)
             command = word
             continue
         rest.append(word)
-    return command or "fit", rest
+    return CommandLine(command or "fit", rest, run_dir)
+
+
+def _may_be_directory(word: str) -> bool:
+    return "=" not in word or Path(word).is_dir()
 
 
 def _check_flag(word: str) -> None:

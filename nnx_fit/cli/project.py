@@ -6,12 +6,18 @@ Its module is importable and its config files win over the packaged ones of the 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+_shell: ContextVar[Path | None] = ContextVar("shell", default=None)
 
 
 def packaged_conf() -> Path:
@@ -42,6 +48,24 @@ def enter(directory: Path) -> None:
     """Makes a project's modules importable and its config files findable. May be called again."""
     importable(directory)
     Plugins.instance().register(ProjectSearchPath)
+
+
+@contextmanager
+def working_in(directory: Path) -> Iterator[None]:
+    """Works in a directory while the block runs; the one before stays what paths are shown from."""
+    before = Path.cwd()
+    token = _shell.set(shell_directory())
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        _shell.reset(token)
+
+
+def shell_directory() -> Path:
+    """The directory that the command was given in."""
+    return _shell.get() or Path.cwd()
 
 
 def importable(directory: Path, *, last: bool = False) -> None:

@@ -14,11 +14,20 @@ log = logging.getLogger("nnx_fit.cli")
 _record = logging.getLogger("nnx_fit.record")
 
 
-def announce(run_dir: Path, *, tensorboard: bool) -> None:
+def announce(run_dir: Path, trainer: Any) -> None:
     """Says where the run is, in lines that can be copied."""
     log.info("Run directory: %s", shown_path(run_dir))
-    if tensorboard:
+    if any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
         log.info("Dashboards:    tensorboard --logdir %s", shown_path(run_dir))
+
+
+def nothing_left(run_dir: Path, reason: str, step: int) -> None:
+    """Says that a run was at its end already, and how it could go on."""
+    shown = shown_path(run_dir)
+    log.info("%s is finished: %s, at step %d.", shown, reason, step)
+    bound = reason.partition("=")[0] if reason.startswith("trainer.") else None
+    how = f"raise it: nnx-fit resume {shown} {bound}=..." if bound else f"change that: nnx-fit resume {shown} key=value"
+    log.info("To train on, %s", how)
 
 
 def final_metrics(metrics: Mapping[str, float]) -> None:

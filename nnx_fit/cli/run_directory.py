@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nnx_fit.cli import project
+from nnx_fit.cli.overrides import key_of
 from nnx_fit.cli.saved_run import record
 from nnx_fit.errors import ConfigurationError
 
 LOG_FILE = "run.log"
+
+_LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "resume")
 
 
 def claim(run_dir: Path, *, resume: bool) -> bool:
@@ -47,7 +53,7 @@ def is_occupied(run_dir: Path) -> bool:
     return any(entry.name != LOG_FILE for entry in run_dir.iterdir())
 
 
-def write_record(run_dir: Path, cfg: DictConfig, hydra_cfg: DictConfig, *, resumed: bool) -> None:
+def write_record(run_dir: Path, cfg: DictConfig, hydra_cfg: DictConfig, *, resumed: bool) -> Path:
     """Writes the resolved config, the overrides and Hydra's settings; a continued run keeps its first record.
 
     Args:
@@ -55,16 +61,57 @@ def write_record(run_dir: Path, cfg: DictConfig, hydra_cfg: DictConfig, *, resum
         cfg: The job's config, with interpolations.
         hydra_cfg: Hydra's own config.
         resumed: Whether the run continues one that was there.
+
+    Returns:
+        The folder of this start's record.
     """
     folder = record(run_dir).parent
     if resumed and record(run_dir).is_file():
-        number = 1 + sum(1 for _ in folder.glob("resumed-*"))
+        number = 1
+        while (folder / f"resumed-{number}").exists():
+            number += 1
         folder = folder / f"resumed-{number}"
         folder.mkdir()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    OmegaConf.save(OmegaConf.create(resolved), folder / "config.yaml")
     OmegaConf.save(OmegaConf.create({"hydra": hydra_cfg}), folder / "hydra.yaml")
     OmegaConf.save(hydra_cfg.overrides.task, folder / "overrides.yaml")
+    # Last and at once: a process that is killed here leaves no record rather than half of one.
+    unfinished = folder / "config.yaml.part"
+    OmegaConf.save(OmegaConf.create(resolved), unfinished)
+    os.replace(unfinished, folder / "config.yaml")
+    return folder
+
+
+def started_with(run_dir: Path) -> list[str]:
+    """The overrides of the first start, or none where there is no record of them."""
+    file = record(run_dir).with_name("overrides.yaml")
+    return [str(word) for word in OmegaConf.load(file)] if file.is_file() else []
+
+
+def check_same_job(run_dir: Path, overrides: Sequence[str]) -> None:
+    """Refuses to continue a sweep's job as another one: its number is all that they have in common.
+
+    Args:
+        run_dir: The directory of the job that was.
+        overrides: What the job that is about to start sets.
+
+    Raises:
+        ConfigurationError: One of its settings has another value, and does not just say how long to train.
+    """
+    earlier = {key_of(word): word for word in started_with(run_dir)}
+    for word in overrides:
+        key = key_of(word)
+        if key in earlier and earlier[key] != word and key not in _LENGTHS:
+            raise ConfigurationError(
+                f"{shown_path(run_dir)} was started with {earlier[key]}, and job {run_dir.name} of this sweep has "
+                f"{word}.\nA sweep is continued with the same values in the same order; new ones come last."
+            )
+
+
+def discard_record(folder: Path) -> None:
+    """Takes back the record of a start that continued nothing; that of the first start stays."""
+    if folder.name.startswith("resumed-"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard_if_empty(run_dir: Path) -> None:
@@ -82,6 +129,6 @@ def discard_if_empty(run_dir: Path) -> None:
 
 
 def shown_path(path: Path) -> str:
-    """A path as one would type it here."""
-    cwd = Path.cwd()
-    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+    """A path as one would type it where the command was given."""
+    here = project.shell_directory()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,8 +1,9 @@
-"""The config that a finished run left behind, as the start of an evaluation of one of its checkpoints."""
+"""The config that a run left behind, as the start of an evaluation of its checkpoints, or of its own continuation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,23 @@ def record(run_dir: Path) -> Path:
     return run_dir / ".hydra" / "config.yaml"
 
 
+def latest_record(run_dir: Path) -> Path:
+    """The config that a run was started with last: its first one, unless it was continued since."""
+    later = {
+        int(number[1]): folder / "config.yaml"
+        for folder in record(run_dir).parent.glob("resumed-*")
+        if (number := re.fullmatch(r"resumed-(\d+)", folder.name)) and (folder / "config.yaml").is_file()
+    }
+    return later[max(later)] if later else record(run_dir)
+
+
+def hydra_settings(run_dir: Path) -> Any:
+    """Hydra's own settings when the run was started last; an empty config where there is no record of them."""
+    file = latest_record(run_dir).with_name("hydra.yaml")
+    settings = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    return OmegaConf.select(settings, "hydra") or OmegaConf.create()
+
+
 def primary_config(words: Sequence[str]) -> str:
     """Chooses what an evaluation is composed from.
 
@@ -41,28 +59,40 @@ def primary_config(words: Sequence[str]) -> str:
         `ckpt_path` lies in a run directory and no other experiment is asked for.
     """
     ckpt_path = value_of(words, "ckpt_path")
-    chosen = {key_of(word) for word in words if not word.startswith("-")}
     run_dir = run_of(Path(ckpt_path)) if ckpt_path else None
-    if run_dir is None or "experiment" in chosen:
+    if run_dir is None or "experiment" in {key_of(word) for word in words if not word.startswith("-")}:
         return "config"
+    return register(run_dir, words, _FRESH)
+
+
+def register(run_dir: Path, words: Sequence[str], changes: Mapping[str, Any]) -> str:
+    """Makes a run's config one that Hydra composes from, typed as that of the run was.
+
+    Args:
+        run_dir: The run.
+        words: The overrides of the command line, which may choose another option for a whole group.
+        changes: Top-level keys that are not to be as they were.
+
+    Returns:
+        The name of the config.
+    """
     saved = _load(run_dir)
     groups = [group for group in configs.GROUPS if group != "schema"]
-    for group in chosen.intersection(groups):
+    for group in {key_of(word) for word in words if not word.startswith("-")}.intersection(groups):
         saved.pop(group, None)  # another option replaces the group; merging two would mix their settings
     defaults = ["schema/trainer@trainer", "_self_", *({group: None} for group in groups), *_HYDRA]
-    node = OmegaConf.create({"defaults": defaults, **saved, **_FRESH})
+    node = OmegaConf.create({"defaults": defaults, **saved, **changes})
     ConfigStore.instance().store(name=NAME, node=node, provider="nnx_fit")
     return NAME
 
 
 def _load(run_dir: Path) -> dict[str, Any]:
-    """The saved config; paths in the run's directory point to the new run's again."""
-    saved: Any = OmegaConf.to_container(OmegaConf.load(record(run_dir)))
-    hydra = record(run_dir).with_name("hydra.yaml")
-    if hydra.is_file():
-        settings = OmegaConf.load(hydra)
-        project.importable(Path(OmegaConf.select(settings, "hydra.runtime.cwd")), last=True)
-        saved = _replace_prefix(saved, OmegaConf.select(settings, "hydra.runtime.output_dir"), "${run_dir:}")
+    """The saved config; paths in the run's directory point to the directory that is under way."""
+    saved: Any = OmegaConf.to_container(OmegaConf.load(latest_record(run_dir)))
+    runtime = hydra_settings(run_dir).get("runtime")
+    if runtime is not None:
+        project.importable(Path(runtime.cwd), last=True)
+        saved = _replace_prefix(saved, runtime.output_dir, "${run_dir:}")
     return saved
 
 

@@ -113,6 +113,18 @@ def test_exception_in_user_code_shows_the_users_frames_only(folder: Path, capsys
     assert "site-packages" not in said
 
 
+def test_file_that_user_code_cannot_read_is_no_mistake_of_the_settings(
+    project_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (project_folder / "tiny.py").open("a") as file:
+        file.write("\n\ndef points():\n    import pathlib\n\n    return pathlib.Path('no.npy').read_bytes()\n")
+    assert main.run(["experiment=mine", "data._target_=tiny.points"]) == 1
+    said = capsys.readouterr().err
+    assert "No such file or directory: 'no.npy'" in said
+    assert "cannot write" not in said
+    assert "in points" in said
+
+
 def test_traceback_is_shown_on_request(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """The words of the command line before Hydra sees them."""
 
+from pathlib import Path
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -23,15 +25,34 @@ GROUPS = {"logger": {"none", "csv"}, "model": {"digits_cnn"}, "optimizer": {"sgd
     ],
 )
 def test_command_is_told_from_overrides_and_flags(words: list[str], expected: tuple[str, list[str]]) -> None:
-    assert split_command(words) == expected
+    assert split_command(words) == (*expected, None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["resume", "runs/3", "seed=1"], ["seed=1", "resume", "runs/3"], ["resume", "--cfg", "job", "runs/3", "seed=1"]],
+)
+def test_directory_follows_resume(words: list[str]) -> None:
+    found = split_command(words)
+    assert (found.command, found.run_dir) == ("resume", "runs/3")
+    assert found.overrides == [word for word in words if word not in ("resume", "runs/3")]
+
+
+def test_directory_may_look_like_an_override(tmp_path: Path) -> None:
+    run = tmp_path / "rate=3"
+    assert split_command(["resume", str(run)]).run_dir is None
+    run.mkdir()
+    assert split_command(["resume", str(run)]).run_dir == str(run)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "unknown command trian; there are fit, validate, test, predict. Did you mean fit?"),
+        (["trian"], "unknown command trian; there are fit, validate, test, predict, resume. Did you mean fit?"),
         (["tune"], "unknown command tune"),
         (["eval"], "Did you mean validate?"),
+        (["continue", "outputs/x"], "Did you mean resume?"),
+        (["resume", "outputs/x", "outputs/y"], "outputs/y is not an override"),
         (["fit", "digits"], "digits is not an override"),
         (["trainer.max_epochs"], "write trainer.max_epochs=VALUE"),
         (["--max-epochs", "3"], "trainer.max_epochs=..."),

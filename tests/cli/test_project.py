@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nnx_fit.cli import main, project
+from nnx_fit.cli.run_directory import shown_path
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -55,3 +56,12 @@ def test_groups_are_the_folders_with_their_options(folder: Path) -> None:
 
 def test_packaged_conf_holds_the_primary_config() -> None:
     assert (project.packaged_conf() / "config.yaml").is_file()
+
+
+def test_paths_are_shown_from_where_the_command_was_given(folder: Path) -> None:
+    (folder / "there").mkdir()
+    with project.working_in(folder / "there"):
+        assert Path.cwd() == folder / "there"
+        assert project.shell_directory() == folder
+        assert shown_path(folder / "outputs" / "a") == "outputs/a"
+    assert Path.cwd() == project.shell_directory() == folder

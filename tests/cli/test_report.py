@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import nnx_fit as nf
 from nnx_fit.cli import report
+
+LOGGERS = (nf.TensorBoardLogger, nf.CSVLogger)  # the first has dashboards
 
 
 def test_predictions_are_joined_batch_by_batch_under_the_names_of_their_leaves(tmp_path: Path) -> None:
@@ -29,9 +32,13 @@ def test_lines_to_be_copied_stand_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "outputs" / "a-very-long-name" / ("x" * 120)
+    trainers = [nf.Trainer(max_epochs=1, default_root_dir=run, logger=kind(run)) for kind in LOGGERS]
     with caplog.at_level("INFO", logger="nnx_fit"):
-        report.announce(run, tensorboard=True)
-    assert caplog.messages[1].endswith(f"tensorboard --logdir {run.relative_to(tmp_path)}")
+        for trainer in trainers:
+            report.announce(run, trainer)
+    shown = str(run.relative_to(tmp_path))
+    assert [message.split()[-1] for message in caplog.messages] == [shown] * 3
+    assert caplog.messages[1].endswith(f"tensorboard --logdir {shown}")
 
 
 def test_metrics_are_plain_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
