@@ -2,12 +2,14 @@
 #
 #   make train ARGS="trainer.max_epochs=3 optimizer=sgd"     the main job, or any other: the words of `nnx-fit`
 #   make test ARGS="tests/cli -k sweep"                      the tests, or some of them
+#   make test WORKERS=0                                      in one process, for a debugger
 #   make test PYTHON=python3.12                              with another Python, in an environment of its own
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 ARGS ?=
+WORKERS ?= 2
 
 USABLE = import sys; sys.exit(not ((3, 11) <= sys.version_info))
 ifeq ($(origin PYTHON),undefined)
@@ -19,23 +21,28 @@ VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 endif
 BIN := $(VENV)/bin
 
-.PHONY: help train test lint bench docs smoke clean
+.PHONY: help train test nightly lint bench docs smoke clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
-	@echo "  make lint | bench | docs | smoke | clean"
+	@echo "  make lint | nightly | bench | docs | smoke | clean"
 
 train: $(VENV)/.with-demo
 	$(BIN)/nnx-fit $(ARGS)
 
 test: $(VENV)/.with-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+# Thirty kills at random instead of a few.
+nightly: $(VENV)/.with-test
+	NNX_FIT_KILLS=30 $(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Also benchmarks/features.py, monitor.py and import_time.py, by hand.
 bench: $(VENV)/.with-demo
 	$(BIN)/python benchmarks/dispatch.py $(ARGS)
 

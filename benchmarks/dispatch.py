@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -181,6 +182,21 @@ class Rounds(Callback):
             self.times[TRAINER].append(since(self._start, self._steps))
 
 
+def trainer_of(directory: Path, epochs: int, callbacks: list[Callback], **options: object) -> Trainer:
+    """A Trainer with a TensorBoard logger that logs every 50 steps, and nothing that is not asked for."""
+    return Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(directory),
+        log_every_n_steps=50,
+        default_root_dir=directory,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,  # type: ignore[arg-type]
+    )
+
+
 TRAINER, BASE = "trainer", "flat loop"
 WAYS: dict[str, Callable[[int], Run]] = {BASE: flat_loop, "nnx.jit": nnx_jit, "cached_partial": cached_partial}
 SLOW = ("nnx.jit", "cached_partial")
@@ -196,16 +212,7 @@ def measure(blocks: int, steps: int, rounds: int, names: Sequence[str]) -> dict[
         run(steps)  # compiles
     watch = Rounds(ways, steps)
     with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(
-            max_epochs=rounds + 1,
-            callbacks=[watch],
-            logger=TensorBoardLogger(directory),
-            log_every_n_steps=50,
-            default_root_dir=directory,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = trainer_of(Path(directory), rounds + 1, [watch])
         trainer.fit(Module(blocks, rngs=nnx.Rngs(0)), loader_of(steps))
     return watch.times
 

@@ -14,6 +14,7 @@ _HOMES = {
     "ArrayLoader": "nnx_fit.data.array_loader",
     "BackboneFinetuning": "nnx_fit.callbacks.backbone_finetuning",
     "BasePredictionWriter": "nnx_fit.callbacks.prediction_writer",
+    "BatchSizeFinder": "nnx_fit.callbacks.batch_size_finder",
     "CSVLogger": "nnx_fit.loggers.csv",
     "Callback": "nnx_fit.callbacks.callback",
     "CheckpointError": "nnx_fit.errors",
@@ -27,8 +28,10 @@ _HOMES = {
     "GradientMonitor": "nnx_fit.callbacks.gradient_monitor",
     "History": "nnx_fit.metrics.history",
     "LambdaCallback": "nnx_fit.callbacks.lambda_callback",
+    "LearningRateFinder": "nnx_fit.callbacks.learning_rate_finder",
     "LearningRateMonitor": "nnx_fit.callbacks.learning_rate_monitor",
     "Logger": "nnx_fit.loggers.logger",
+    "MLFlowLogger": "nnx_fit.loggers.mlflow",
     "ModelCheckpoint": "nnx_fit.callbacks.model_checkpoint",
     "ModelSummary": "nnx_fit.callbacks.model_summary",
     "NnxFitError": "nnx_fit.errors",
@@ -43,13 +46,17 @@ _HOMES = {
     "Timer": "nnx_fit.callbacks.timer",
     "Trainer": "nnx_fit.trainer",
     "VariableMonitor": "nnx_fit.callbacks.variable_monitor",
+    "WandbLogger": "nnx_fit.loggers.wandb",
+    "export": "nnx_fit.export",
     "instantiate": "nnx_fit.instantiation",
     "partition": "nnx_fit.state.partition",
     "seed_everything": "nnx_fit.seeding",
 }
 
 if TYPE_CHECKING:
+    from nnx_fit import export as export
     from nnx_fit.callbacks.backbone_finetuning import BackboneFinetuning as BackboneFinetuning
+    from nnx_fit.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
     from nnx_fit.callbacks.callback import Callback as Callback
     from nnx_fit.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
     from nnx_fit.callbacks.early_stopping import EarlyStopping as EarlyStopping
@@ -59,6 +66,7 @@ if TYPE_CHECKING:
     )
     from nnx_fit.callbacks.gradient_monitor import GradientMonitor as GradientMonitor
     from nnx_fit.callbacks.lambda_callback import LambdaCallback as LambdaCallback
+    from nnx_fit.callbacks.learning_rate_finder import LearningRateFinder as LearningRateFinder
     from nnx_fit.callbacks.learning_rate_monitor import LearningRateMonitor as LearningRateMonitor
     from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from nnx_fit.callbacks.model_summary import ModelSummary as ModelSummary
@@ -78,7 +86,9 @@ if TYPE_CHECKING:
     from nnx_fit.instantiation import instantiate as instantiate
     from nnx_fit.loggers.csv import CSVLogger as CSVLogger
     from nnx_fit.loggers.logger import Logger as Logger
+    from nnx_fit.loggers.mlflow import MLFlowLogger as MLFlowLogger
     from nnx_fit.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
+    from nnx_fit.loggers.wandb import WandbLogger as WandbLogger
     from nnx_fit.metrics.history import History as History
     from nnx_fit.module import FitModule as FitModule
     from nnx_fit.optimizers import OptimizerSpec as OptimizerSpec
@@ -92,7 +102,8 @@ __all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedD
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+        home = importlib.import_module(_HOMES[name])
+        value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'nnx_fit' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["state.md"]
+PAGES = ["state.md", "from_lightning.md", "export.md", "checkpoints.md"]
 
 _BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -91,7 +91,7 @@ def test_what_a_page_shows_is_what_the_library_says(name, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "page", module)
     vars(module)["__name__"] = "page"
     found = snippets((DOCS / name).read_text())
-    assert sum(snippet.expected is not None for snippet in found) > 5
+    assert sum(snippet.expected is not None for snippet in found) > 1
     differing = []
     for snippet in found:
         said = said_by(snippet, vars(module), name)

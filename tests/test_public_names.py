@@ -11,6 +11,8 @@ import nnx_fit as nf
 
 NAMES = {
     "ArrayLoader",
+    "BatchSizeFinder",
+    "LearningRateFinder",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -30,6 +32,8 @@ NAMES = {
     "GradientAccumulationScheduler",
     "History",
     "LearningRateMonitor",
+    "MLFlowLogger",
+    "WandbLogger",
     "Logger",
     "ModelCheckpoint",
     "ModelSummary",
@@ -43,6 +47,7 @@ NAMES = {
     "Trainer",
     "VariableMonitor",
     "__version__",
+    "export",
     "instantiate",
     "partition",
     "seed_everything",
@@ -58,7 +63,7 @@ def python(code: str) -> str:
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_public_name_resolves_to_the_thing_of_that_name(name):
     value = getattr(nf, name)
-    assert name == "__version__" or value.__name__ == name
+    assert name == "__version__" or value.__name__ in (name, f"nnx_fit.{name}")
     assert value is not None
 
 
@@ -99,7 +104,7 @@ def test_the_errors_load_without_jax():
 
 
 def test_a_trainer_loads_no_optional_package():
-    optional = "['torch', 'grain', 'sklearn', 'pandas']"
+    optional = "['torch', 'grain', 'sklearn', 'pandas', 'matplotlib', 'wandb', 'mlflow', 'safetensors']"
     code = f"import sys, nnx_fit; nnx_fit.Trainer; print([n for n in {optional} if n in sys.modules])"
     assert python(code) == "[]"
 
