@@ -99,7 +99,6 @@ def test_a_bad_value_names_the_argument_the_value_and_the_fix(name, value):
         ({"enable_checkpointing": False, "callbacks": nf.ModelCheckpoint()}, "enable_checkpointing=False.*Checkpoint"),
         ({"barebones": True, "callbacks": nf.ModelCheckpoint()}, "barebones=True.*ModelCheckpoint"),
         ({"barebones": True, "callbacks": nf.RichProgressBar()}, "barebones=True.*RichProgressBar"),
-        ({"enable_progress_bar": False, "callbacks": nf.RichProgressBar()}, "enable_progress_bar=False.*ProgressBar"),
         ({"barebones": True, "logger": nf.CSVLogger("logs")}, "barebones=True, logger=CSVLogger"),
         ({"barebones": True, "logger": [nf.CSVLogger("logs")]}, "barebones=True, logger=list"),
         ({"barebones": True, "profiler": "simple"}, "barebones=True, profiler='simple'"),

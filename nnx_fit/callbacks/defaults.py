@@ -53,11 +53,12 @@ def with_defaults(
 
 
 def _refuse_switched_off(callbacks: Sequence[Callback], options: Options) -> None:
-    for kind, argument, what in (
-        (ModelCheckpoint, "enable_checkpointing", "checkpoints"),
-        (RichProgressBar, "enable_progress_bar", "a progress bar"),
+    # A progress bar that is given beside `enable_progress_bar=False` is just that: none comes by itself.
+    for kind, on, argument, what in (
+        (ModelCheckpoint, options.enable_checkpointing, "enable_checkpointing", "checkpoints"),
+        (RichProgressBar, not options.barebones, "barebones", "a progress bar"),
     ):
-        if _has(callbacks, kind) and not getattr(options, argument):
+        if _has(callbacks, kind) and not on:
             because = "barebones=True" if options.barebones else f"{argument}=False"
             raise ConfigurationError(
                 f"Trainer({because}, callbacks=[..., {kind.__name__}]): one asks for no {what.removeprefix('a ')}, the "

@@ -26,11 +26,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(name, "")
     root = logging.getLogger()
     handlers, level, modules = list(root.handlers), root.level, set(sys.modules)
+    own = [logging.getLogger(name) for name in ("nnx_fit", "nnx_fit.record")]
+    before = [(list(each.handlers), each.level, each.propagate) for each in own]
     yield tmp_path
     for handler in set(root.handlers) - set(handlers):
         handler.close()
         root.removeHandler(handler)
     root.setLevel(level)
+    for each, (held, its_level, propagates) in zip(own, before, strict=True):
+        for handler in set(each.handlers) - set(held):
+            handler.close()
+            each.removeHandler(handler)
+        each.setLevel(its_level)
+        each.propagate = propagates
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]

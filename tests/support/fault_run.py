@@ -105,7 +105,7 @@ def main(directory: Path, seconds: float) -> None:
         "average": {name: bits(array) for name, array in ema.weights.items()},
         "history": dict(history),
         "best": [checkpoint.best_model_score, Path(checkpoint.best_model_path).name],
-        "kept": sorted(path.name for path in Path(checkpoint.best_model_path).parent.iterdir()),
+        "kept": checkpoint.state_dict()["shelf"]["kept"],
         "steps": trainer.global_step,
     }
     (directory / "result.json").write_text(json.dumps(result))
