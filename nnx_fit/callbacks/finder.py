@@ -5,6 +5,7 @@ When a finder is asked is the Trainer's business; how a trial is run is in `tria
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class GivenData:
     datamodule: Any = None
 
 
-class Finder(Callback):
+class Finder(Callback, abc.ABC):
     """Base class of callbacks that choose a setting by trial.
 
     Asked once all `setup` hooks were called, and before loaders and optimizers are asked for, so that what it sets
@@ -46,13 +47,13 @@ class Finder(Callback):
     reads_module = False
     logs = False
 
+    @abc.abstractmethod
     def find(self, trainer: Trainer, module: FitModule, data: GivenData) -> None:
         """Searches, and sets what was found."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def adopt(self, trainer: Trainer, module: FitModule, data: GivenData) -> None:
         """Sets what an earlier run found, from which this one continues: `load_state_dict` has given it back."""
-        raise NotImplementedError
 
     def ask(self, trainer: Trainer, module: FitModule, data: GivenData, saved: Mapping[str, Any] | None) -> None:
         """Searches in a run that begins, and takes what was found before in one that continues.

@@ -100,18 +100,6 @@ def test_the_ramp_of_the_documentation_gives_the_backbone_a_rate_of_its_own():
     np.testing.assert_allclose(noted.weights, expected, rtol=1e-6)
 
 
-class SavesIn(nf.Callback):
-    def __init__(self, path, hook, call):
-        self.calls = 0
-
-        def saving(trainer, *args):
-            self.calls += 1
-            if self.calls == call:
-                trainer.save_checkpoint(path)
-
-        setattr(self, hook, saving)
-
-
 @pytest.mark.parametrize(
     ("hook", "call"),
     [
@@ -129,7 +117,7 @@ def test_a_run_that_continues_is_in_the_phase_it_was_saved_in(hook, call, tmp_pa
         fit(BackboneFinetuning(2), module, callbacks=[*callbacks, noted], ckpt_path=ckpt_path)
         return noted.weights
 
-    whole = run(callbacks=[SavesIn(tmp_path / "cut", hook, call)])
+    whole = run(callbacks=[nets.SavesIn(tmp_path / "cut", hook, call)])
     continued = run(ckpt_path=tmp_path / "cut")
     assert continued == whole[-len(continued) :]
 

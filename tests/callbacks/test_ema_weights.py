@@ -141,20 +141,6 @@ def test_parameters_are_back_after_an_error_in_validation(tmp_path):
     np.testing.assert_allclose(saved["callback EMAWeights"]["average of w"], average(2, 0.8), rtol=1e-6)
 
 
-class SavesIn(nf.Callback):
-    """Saves in one hook, at its n-th call; listed before the average it is called before it."""
-
-    def __init__(self, path, hook, call):
-        self.calls = 0
-
-        def saving(trainer, *args):
-            self.calls += 1
-            if self.calls == call:
-                trainer.save_checkpoint(path)
-
-        setattr(self, hook, saving)
-
-
 @pytest.mark.parametrize("first", ["saving", "averaging"])
 @pytest.mark.parametrize(
     ("hook", "call"),
@@ -171,7 +157,7 @@ class SavesIn(nf.Callback):
 def test_resume_gives_the_same_bits_wherever_it_was_saved(hook, call, first, tmp_path):
     def run(seed, saves=False, ckpt_path=None):
         module, ema = nets.Regressor(rngs=nnx.Rngs(seed)), EMAWeights(decay=0.9)
-        saver = [SavesIn(tmp_path / "cut", hook, call)] if saves else []
+        saver = [nets.SavesIn(tmp_path / "cut", hook, call)] if saves else []
         trainer = nets.quiet(max_epochs=3, callbacks=[*saver, ema] if first == "saving" else [ema, *saver], jit=False)
         history = trainer.fit(module, nets.loader(shuffle=True), nets.loader(32), ckpt_path=ckpt_path)
         return state_of(module), ema.weights, dict(history)

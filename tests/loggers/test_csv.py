@@ -1,6 +1,5 @@
 """CSVLogger, read back with the csv module."""
 
-import contextlib
 import csv
 import math
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from full_disk import file_size_limit
 
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.loggers.csv import CSVLogger
@@ -118,18 +118,6 @@ def test_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path, caplog):
         ("1", "1.0", ""), ("2", "2.0", ""), ("3", "3.0", ""), ("4", "14.0", "1.0"),
     ]  # fmt: skip
     assert caplog.text == ""
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """Makes every write beyond a size fail, as a full disk does: what fits is written."""
-    resource = pytest.importorskip("resource")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("step", [2, 3])  # the row that is there already grows, or a new one begins

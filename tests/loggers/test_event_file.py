@@ -1,9 +1,9 @@
 """Event files, read back with TensorBoard's own record reader."""
 
 import contextlib
-import resource
 
 import pytest
+from full_disk import file_size_limit
 
 from nnx_fit.loggers.event_file import EventFile, drop_ending
 
@@ -20,17 +20,6 @@ def records(path):
             reader.GetNext()
             found.append(reader.record())
     return found
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """Makes every write beyond a size fail, as a full disk does: what fits is written."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
