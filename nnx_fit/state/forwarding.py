@@ -16,6 +16,9 @@ from jax.extend.core import Literal
 # Operations that give back what they are given, operand by operand.
 _IDENTITIES = {"copy", "copy_p", "optimization_barrier", "sharding_constraint", "stop_gradient"}
 
+# Operations that take back what another one did: a typed key is stored as the integers in it.
+_INVERSES = {"random_unwrap": "random_wrap", "random_wrap": "random_unwrap"}
+
 # Operations on scalars that say which branch of a choice is taken.
 _LOGIC = {"not", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "clamp", "convert_element_type", "sign"}
 
@@ -85,6 +88,9 @@ class Frame:
         name, operands = equation.primitive.name, equation.invars
         if name in _IDENTITIES:
             return self, operands[index]
+        if name in _INVERSES:
+            inner = self.producers.get(operands[0])
+            return (self, inner[0].invars[0]) if inner and inner[0].primitive.name == _INVERSES[name] else None
         if name == "select_n":
             which = self.known(operands[0])
             return None if which is None else (self, operands[1 + int(which)])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import lax
+from nets import Scalar, quiet, targets
 
 from nnx_fit.state.forwarding import Frame
 
@@ -93,3 +95,26 @@ def test_many_outputs_of_one_nested_call_are_told_apart():
     count = 300
     nested = jax.jit(jax.checkpoint(lambda *arrays: [a if i % 2 else a + 1 for i, a in enumerate(arrays)]))
     assert forwards(lambda *arrays: nested(*arrays), *[()] * count) == [bool(i % 2) for i in range(count)]
+
+
+def test_a_key_taken_apart_is_the_integers_it_was_made_of():
+    def step(data, other):
+        key, another = jax.random.wrap_key_data(data), jax.random.wrap_key_data(other)
+        return jax.random.key_data(key), jax.random.key_data(jax.random.fold_in(another, 1))
+
+    data = jax.random.key_data(jax.random.key(0))
+    traced = Frame(jax.make_jaxpr(step)(data, data))
+    assert [traced.forwards(i) for i in range(2)] == [True, False]
+
+
+def test_a_variable_that_holds_a_key_may_be_read_in_an_evaluation():
+    class Keyed(Scalar):
+        def __init__(self):
+            super().__init__()
+            self.key = nnx.Variable(jax.random.key(3))
+
+        def validation_step(self, batch):
+            self.log("val", jax.random.uniform(self.key[...]))
+
+    (metrics,) = quiet().validate(Keyed(), targets(1, 2))
+    assert metrics["val"] == pytest.approx(float(jax.random.uniform(jax.random.key(3))))
