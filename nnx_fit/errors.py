@@ -22,7 +22,16 @@ class CheckpointError(NnxFitError):
 
 
 class NotWrittenError(CheckpointError):
-    """A checkpoint could not be written for a reason that may pass: the disk is full, a directory is gone."""
+    """A checkpoint could not be written for a reason that may pass: the disk is full, a directory is gone.
+
+    Args:
+        message: The whole of it.
+        reason: The same in a few words, by which one failure is known from another.
+    """
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason
 
 
 class NonFiniteError(NnxFitError):

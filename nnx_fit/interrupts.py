@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM during a run: the first asks the loop to end after its step, a second ends at once."""
+"""SIGINT and SIGTERM during a run: the first asks the loop to end after its step, a second ends at once.
+
+Where JAX's preemption service is on, SIGTERM belongs to it: all processes agree on the step after which they end, and
+another handler here would keep the notice from the others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+import jax
+
 from nnx_fit.loops.progress import Control
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -18,11 +24,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def watched(control: Control) -> Iterator[None]:
     """Notes signals in `control` while the block runs; the handlers there before are called and come back.
 
-    Handlers can be installed in the main thread only; elsewhere this does nothing.
+    Handlers can be installed in the main thread only; elsewhere nothing but JAX's preemption service is heard.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     earlier: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -35,12 +38,31 @@ def watched(control: Control) -> Iterator[None]:
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
 
-    for number in SIGNALS:
-        earlier[number] = signal.signal(number, handle)
+    def install(*numbers: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            earlier.update((number, signal.signal(number, handle)) for number in numbers)
+
+    if _preemption_service():
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        def after_batch(batches: int) -> None:
+            if control.signal is None and reached_preemption_sync_point(batches):
+                control.signal = signal.SIGTERM
+                install(signal.SIGTERM)  # the next one ends at once
+
+        control.after_batch = after_batch
+        install(signal.SIGINT)
+    else:
+        install(*SIGNALS)
     try:
         yield
     finally:
         _restore(earlier)
+
+
+def _preemption_service() -> bool:
+    """Whether JAX hears of preemptions itself; it takes SIGTERM for that, in `jax.distributed.initialize`."""
+    return jax.distributed.is_initialized() and bool(getattr(jax.config, "jax_enable_preemption_service", True))
 
 
 def end_with(number: int, at_once: bool = False) -> NoReturn:

@@ -84,6 +84,7 @@ class Run(RunPrograms):
         self.funnel = Funnel(trainer, module, callbacks, show, profile.timed)
         self.batches: Any = None
         self._validated: list[tuple[Any, str]] = []
+        self._aside: Mapping[str, list[Any]] = {}
         self.open = False
 
     @contextmanager
@@ -153,6 +154,17 @@ class Run(RunPrograms):
             keep: Takes each batch's outputs, with the index of its loader.
             recorded: Called once everything is recorded, before the last hook.
         """
+        program, layout = self.train_program, None if self.live is None else self.live.layout
+        # An epoch that is under way goes on with what its own metrics hold, and an evaluation that does not come to its
+        # end, and begins again in the run that continues, leaves nothing at all.
+        training = {} if program is None else program.metrics()
+        self._aside = {} if program is None else program.statistics()
+
+        def all_recorded() -> None:
+            self._aside = training
+            if recorded is not None:
+                recorded()
+
         step = f"{HOOK_STAGE[stage]}_step"
 
         def programs() -> list[EvalProgram]:
@@ -173,15 +185,32 @@ class Run(RunPrograms):
             open_batches,
             source.names,
         )
-        # An epoch that is under way goes on with what its own metrics hold.
-        training = {} if self.train_program is None else self.train_program.metrics()
-        with self.staged("sanity" if sanity is not None else stage):
-            logged = loop.run(record=sanity is None, keep=keep, recorded=recorded)
-        if training and self.train_program is not None:
-            self.train_program.set_metrics(training)
+        try:
+            with self.staged("sanity" if sanity is not None else stage):
+                logged = loop.run(record=sanity is None, keep=keep, recorded=all_recorded)
+        finally:
+            before, self._aside = self._aside, {}
+            if self.live is not None and self.live.layout is not layout:
+                before = training  # hooks have changed what there is
+            if before and self.train_program is not None:
+                self.train_program.set_metrics(before)
         if stage == "validate":
             self._validated = [(program.table, name) for program, name in zip(loop.programs, source.names, strict=True)]
         return Evaluation(loop.programs, source.names, logged)
+
+    def arrays_to_save(self) -> list[Any]:
+        """The module's arrays as a run that continues needs them.
+
+        That run validates from the beginning what was not validated to the end, with the statistics of then; and its
+        epoch goes on with the metrics that training had reached.
+        """
+        assert self.live is not None
+        arrays = list(self.live.collect())
+        for slot in self.live.layout.slots:
+            aside = self._aside.get(slot.name, ())
+            if len(aside) == slot.stop - slot.start:
+                arrays[slot.start : slot.stop] = aside
+        return arrays
 
     @property
     def has_validated(self) -> bool:

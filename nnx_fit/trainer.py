@@ -288,7 +288,7 @@ class Trainer(TrainerRuns):
             CheckpointError: It cannot be written.
         """
         run, how = self._running(), {"weights_only": weights_only, "wait": not asynchronous}
-        self._checkpoints.save(path, run, self.history, config=self._config, **how)
+        self._checkpoints.save(path, run, self.history, self._fan_out, config=self._config, **how)
 
     def wait_for_checkpoints(self) -> None:
         """Waits until all asynchronous saves are on disk.

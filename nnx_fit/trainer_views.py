@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import jax
 
     from nnx_fit.loggers.logger import Logger
-    from nnx_fit.loops.fit import ValidationPlan
+    from nnx_fit.loops.validation_plan import ValidationPlan
     from nnx_fit.programs.live_optimizer import LiveOptimizer
     from nnx_fit.run import Run
     from nnx_fit.state.layout import Layout
@@ -49,6 +49,11 @@ class TrainerViews:
     def current_epoch(self) -> int:
         """Completed epochs; in an epoch's hooks, the index of that epoch."""
         return self._progress.epoch
+
+    @property
+    def total_batches(self) -> int:
+        """Batches trained on in all epochs, those of a window that is not full yet among them."""
+        return self._progress.batches
 
     @property
     def max_epochs(self) -> int | None:

@@ -9,17 +9,19 @@ from typing import Any
 
 import jax
 
+from nnx_fit.callbacks.callback import keyed
 from nnx_fit.callbacks.finder import Finder, GivenData
 from nnx_fit.callbacks.monitor import check_monitored
-from nnx_fit.checkpoint.saving import Loaded, keyed
+from nnx_fit.checkpoint.saving import Loaded
 from nnx_fit.data.sources import Source
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.interrupts import end_with, ends_at_once, watched
 from nnx_fit.loggers.fan_out import FanOut
 from nnx_fit.loggers.logger import Status
 from nnx_fit.loops.evaluate import renamer
-from nnx_fit.loops.fit import FitLoop, ValidationPlan
+from nnx_fit.loops.fit import FitLoop
 from nnx_fit.loops.progress import Interrupted
+from nnx_fit.loops.validation_plan import ValidationPlan
 from nnx_fit.optimizers import BoundOptimizer, bind, is_transformation, resolve
 from nnx_fit.options import Options
 from nnx_fit.plateaus import drive
@@ -196,7 +198,12 @@ def validation_plan(options: Options, run: Run, source: Source | None, training_
         _renewed(run, source)
         run.evaluate("validate", source, recorded=recorded)
 
-    return ValidationPlan(validate, _batches_between(options, training_batches), options.check_val_every_n_epoch)
+    def finish() -> None:
+        with run.staged("validate"):
+            run.funnel.call("on_validation_end")
+
+    between = _batches_between(options, training_batches)
+    return ValidationPlan(validate, between, options.check_val_every_n_epoch, finish)
 
 
 def _batches_between(options: Options, training_batches: int | float) -> int | None:

@@ -6,7 +6,7 @@ A callback sees the run from outside the compiled step. What it wants to know fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -193,3 +193,14 @@ class Callback:
         """
         del view
         return {}
+
+
+def keyed(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
+    """Each callback with the name its state is kept under: its class, numbered where there are several."""
+    counts: dict[str, int] = {}
+    named = []
+    for callback in callbacks:
+        name = type(callback).__qualname__
+        counts[name] = counts.get(name, 0) + 1
+        named.append((name if counts[name] == 1 else f"{name}#{counts[name]}", callback))
+    return named

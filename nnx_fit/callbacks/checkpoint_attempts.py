@@ -19,7 +19,7 @@ class Attempts:
     """The saves of one run; each cause of failure is reported once."""
 
     def __init__(self) -> None:
-        self._reported: set[type] = set()
+        self._reported: set[str] = set()
 
     def save(
         self, trainer: Trainer, shelf: CheckpointShelf, path: Path, weights_only: bool, asynchronous: bool, last: bool
@@ -56,6 +56,6 @@ class Attempts:
         shelf.settle(failed)
 
     def _report(self, error: NotWrittenError) -> None:
-        if (cause := type(error.__cause__)) not in self._reported:
-            self._reported.add(cause)
+        if error.reason not in self._reported:
+            self._reported.add(error.reason)
             logger.error("%s\nTraining goes on, and the next checkpoint is attempted all the same.", error)

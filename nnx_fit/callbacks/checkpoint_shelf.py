@@ -150,14 +150,15 @@ class CheckpointShelf:
 
         Those elsewhere are left alone; the best of them stays the best until this run has a better one.
         """
-        there = {name: score for name, score in state["kept"].items() if is_complete(self.directory / name)}
+        kept = {name: score for name, score in state["kept"].items() if _is_bare(name)}
+        there = {name: score for name, score in kept.items() if is_complete(self.directory / name)}
         last = self.directory / names.LAST
         same = os.path.abspath(state["directory"]) == os.path.abspath(self.directory)
         self._continued = same or bool(there) or is_complete(last)
         if self._continued:
             self._top.scores = there
             self.last = last if is_complete(last) else None
-            leftovers = [self.directory / name for name in state["doomed"] if name not in there]
+            leftovers = [self.directory / name for name in state["doomed"] if _is_bare(name) and name not in there]
             self._doomed = [(path, path) for path in leftovers if is_complete(path)]
         else:
             path, score = state["best"]
@@ -170,4 +171,9 @@ class CheckpointShelf:
         return path.exists() and not self._continued
 
     def _is_origin(self, path: Path) -> bool:
-        return self.origin is not None and path.exists() and os.path.abspath(path) == os.path.abspath(self.origin)
+        return self.origin is not None and os.path.realpath(path) == os.path.realpath(self.origin) and path.exists()
+
+
+def _is_bare(name: str) -> bool:
+    """Whether a name is one in this directory: a stranger's checkpoint must not lead to a deletion anywhere else."""
+    return name not in ("", ".", "..") and Path(name).name == name

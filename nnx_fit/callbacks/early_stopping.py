@@ -105,6 +105,7 @@ class EarlyStopping(Callback):
         self.wait_count = 0
         self.stopped_epoch = 0
         self.best_score = worst(self.mode)
+        self._decision: dict[str, Any] | None = None
 
     @property
     def best_step(self) -> int:
@@ -141,6 +142,7 @@ class EarlyStopping(Callback):
             return
         self.wait_count = self.stopped_epoch = 0
         self.best_score = worst(self.mode)
+        self._decision = None
         self._best = BestWeights(self.mode)
         restoring = [each for each in trainer.callbacks if isinstance(each, EarlyStopping) and each.restore_best]
         if len(restoring) > 1:
@@ -148,6 +150,12 @@ class EarlyStopping(Callback):
                 f"{len(restoring)} EarlyStopping have restore_best=True, and a module holds one set of weights.\n"
                 "Fix: pass it to one of them."
             )
+
+    def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
+        """Stands by what it decided before the run was cut off, unless it is asked something else now."""
+        decision, self._decision = self._decision, None
+        if decision is not None and decision["asked"] == self._asked(trainer):
+            self._stop(trainer, decision["reason"])
 
     def on_validation_end(self, trainer: Trainer, module: FitModule) -> None:
         """Checks after a validation, unless training epochs are what is checked after."""
@@ -178,13 +186,14 @@ class EarlyStopping(Callback):
     def state_dict(self) -> dict[str, Any]:
         """How long it has been waiting, and for what."""
         state = {"wait_count": self.wait_count, "stopped_epoch": self.stopped_epoch, "best_score": self.best_score}
-        return {**state, "best_weights": self._best.state_dict()}
+        return {**state, "best_weights": self._best.state_dict(), "decision": self._decision}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.wait_count = int(state["wait_count"])
         self.stopped_epoch = int(state["stopped_epoch"])
         self.best_score = float(state["best_score"])
+        self._decision = state.get("decision")
         if self.restore_best and "best_weights" in state:
             self._best.load_state_dict(state["best_weights"])
 
@@ -217,6 +226,16 @@ class EarlyStopping(Callback):
         reason = self.update(metrics[self.monitor])
         if reason is not None:
             self.stopped_epoch = trainer.current_epoch
-            trainer.should_stop = True
-            trainer.stop_reason = f"EarlyStopping: {reason}"
-            say(f"EarlyStopping: training stops, {reason}.")
+            self._stop(trainer, reason)
+
+    def _stop(self, trainer: Trainer, reason: str) -> None:
+        self._decision = {"reason": reason, "asked": self._asked(trainer)}
+        trainer.should_stop = True
+        trainer.stop_reason = f"EarlyStopping: {reason}"
+        say(f"EarlyStopping: training stops, {reason}.")
+
+    def _asked(self, trainer: Trainer) -> dict[str, Any]:
+        """What a decision depends on: a run that is continued with something else of it trains on."""
+        own = ("monitor", "mode", "min_delta", "patience", "stopping_threshold", "divergence_threshold", "check_finite")
+        bounds = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        return {name: getattr(self, name) for name in own} | bounds

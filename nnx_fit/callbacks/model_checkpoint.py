@@ -133,9 +133,9 @@ class ModelCheckpoint(Callback):
         self._validation_metric: bool | None = None
         self._validated = False
         self._deferred = False
-        self._start_step: int | None = None
+        self._start: int | None = None
         self._saved_step = -1
-        self._ended_step = -1
+        self._ended = -1
         self._next_time = float("inf")
         self._attempts = Attempts()
 
@@ -175,15 +175,15 @@ class ModelCheckpoint(Callback):
         if stage == "fit":
             check_writable(self._shelf.directory)
             self._validation_metric = None
-            self._start_step = None
-            self._saved_step = self._ended_step = -1
+            self._start = None
+            self._saved_step = self._ended = -1
             self._attempts = Attempts()
             self._validated = self._deferred = False
 
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
         """Notes where the run starts, and starts the clock."""
         self._ready.origin = None if trainer.resumed_from is None else Path(trainer.resumed_from)
-        self._start_step = trainer.global_step
+        self._start = trainer.total_batches
         self._next_time = time.monotonic() + (self.train_time_interval or float("inf"))
         self._pause(trainer.global_step)
 
@@ -249,18 +249,22 @@ class ModelCheckpoint(Callback):
             self._end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoints it keeps with their scores, and what it knows about the metric."""
+        """The checkpoints it keeps with their scores, what it knows about the metric, and what waits for it."""
         return {
             "monitor": self.monitor,
             "mode": self.mode,
             "validation_metric": self._validation_metric,
+            "deferred": self._deferred,
+            "saved_step": self._saved_step,
             "shelf": self._ready.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave. Scores by another metric mean nothing here and are left out."""
+        self._saved_step = state.get("saved_step", -1)
         if (state["monitor"], state["mode"]) == (self.monitor, self.mode):
             self._validation_metric = state["validation_metric"]
+            self._deferred = state.get("deferred", False)
             self._ready.load_state_dict(state["shelf"])
 
     def _save(self, trainer: Trainer) -> None:
@@ -282,10 +286,10 @@ class ModelCheckpoint(Callback):
             self._write_last(trainer, asynchronous=self.async_save)
 
     def _end(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        trained = self._start_step is not None and step > self._start_step
-        if trained and self.save_last and self._ended_step != step:
-            self._ended_step = step
+        batches = trainer.total_batches
+        trained = self._start is not None and batches > self._start
+        if trained and self.save_last and self._ended != batches:
+            self._ended = batches
             self._write_last(trainer, asynchronous=False, gives_up=True)
         if self._shelf is not None:
             self._attempts.settle(trainer, self._shelf)

@@ -73,9 +73,21 @@ class VariableMonitor(Callback):
         self._recorded_step = -1
         self._norms = False
 
+    def setup(self, trainer: Trainer, module: FitModule, stage: str) -> None:
+        """Starts over with each fit."""
+        if stage == "fit":
+            self._recorded_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update after which the values were recorded last."""
+        return {"recorded_step": self._recorded_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._recorded_step = int(state.get("recorded_step", -1))
+
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
         """Finds out what there is to do."""
-        self._recorded_step = -1
         self._layout = None
         self._interval = (self.every_n_steps or 2 * trainer.options.log_every_n_steps) if trainer.loggers else 0
         self._norms = self.params and bool(self._interval)
@@ -92,8 +104,8 @@ class VariableMonitor(Callback):
             self._remember(trainer)
 
     def on_train_end(self, trainer: Trainer, module: FitModule) -> None:
-        """Records the values that the run ends with."""
-        if self._interval and 0 < trainer.global_step != self._recorded_step:
+        """Records the values that the run ends with; one that a signal cuts off continues and has no end there."""
+        if self._interval and not trainer.interrupted and 0 < trainer.global_step != self._recorded_step:
             self._record(trainer)
         self._previous = (-1, {})
 
@@ -124,7 +136,7 @@ class VariableMonitor(Callback):
     def _remember(self, trainer: Trainer) -> None:
         """Before a step that will be recorded: keeps what it moves, on the device."""
         until_recorded = self._interval - trainer.global_step % self._interval
-        self.paused_until = trainer.global_step + max(until_recorded - 1, 1)
+        self.paused_until = trainer.global_step + until_recorded - 1
         if until_recorded == 1:
             live = self._live(trainer)
             kept = copied([live[i] for i in self._moving]) if self._moving else []

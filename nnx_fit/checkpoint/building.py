@@ -19,7 +19,7 @@ from flax import nnx
 
 from nnx_fit.checkpoint import contents
 from nnx_fit.checkpoint.construction import Construction
-from nnx_fit.checkpoint.directories import check_files, load_meta
+from nnx_fit.checkpoint.directories import META_FILE, check_files, damaged, load_meta
 from nnx_fit.checkpoint.store import load_arrays
 from nnx_fit.checkpoint.tracers import holds_tracer
 from nnx_fit.errors import CheckpointError, ConfigurationError
@@ -45,6 +45,7 @@ def load_module(
     path = Path(os.path.abspath(path))
     check_files(path)
     meta = load_meta(path)
+    _check_describes_module(path, meta)
     construction = Construction.of(cls, path, meta, overrides, strict=strict)
     precision = PRECISIONS[meta.get("precision", "32")]
     saved = _renamed(path, contents.by_name(load_arrays(path, ROLES, checked=True)), rename or {})
@@ -70,6 +71,14 @@ def load_module(
         module = _overwritten(made, precision, values)
     _report(path, cls, len(fits), len(expected), problems)
     return module
+
+
+def _check_describes_module(path: Path, meta: Mapping[str, Any]) -> None:
+    odd = "hparams is missing" if "hparams" not in meta else ""
+    if (precision := meta.get("precision", "32")) not in PRECISIONS:
+        odd = f"precision is {precision!r}"
+    if odd:
+        raise damaged(path, [f"{META_FILE.as_posix()} is not what was written (meta.{odd})"])
 
 
 _HINT = (

@@ -54,10 +54,7 @@ def unsealed(text: bytes) -> dict[str, Any]:
     """
     seal = _SEAL.search(text)
     if seal is None:
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise ValueError("it is cut off, or no JSON") from error
+        document = _from_json(text)
         if not isinstance(document, dict):
             raise ValueError("it holds no document")
         if "files" in document or "checksum" in document:
@@ -66,7 +63,16 @@ def unsealed(text: bytes) -> dict[str, Any]:
     body = text[: seal.start()] + b"}"
     if zlib.crc32(body) != int(seal[1], 16):
         raise ValueError("its content changed")
-    return json.loads(body)
+    return _from_json(body)
+
+
+def _from_json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError("it is cut off, or no JSON") from error
+    except RecursionError as error:
+        raise ValueError("it is nested deeper than anything that is written") from error
 
 
 def _wrong(path: Path, size: int, content: str) -> str:
@@ -88,6 +94,16 @@ def _sum(path: Path, *, flush: bool = False) -> tuple[int, str]:
         if flush:
             flushed(file.fileno())
     return size, f"{value:08x}"
+
+
+def write_at_once(file: Path, text: str) -> None:
+    """Writes a small file in one go: killed at any moment, also by a power cut, it is as it was or as it is to be."""
+    unfinished = file.with_name(f"{file.name}.part")
+    with unfinished.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        flushed(opened.fileno())
+    os.replace(unfinished, file)
 
 
 def flushed(descriptor: int) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nnx_fit.checkpoint import checksums
-from nnx_fit.errors import CheckpointError, NotWrittenError
+from nnx_fit.checkpoint import branches, checksums, documents
+from nnx_fit.errors import CheckpointError
 
 FORMAT = 1
 META_FILE = Path("meta", "meta.json")
@@ -48,7 +49,10 @@ def load_meta(path: str | Path) -> dict[str, Any]:
 
 
 def find_checkpoints(directory: str | Path) -> list[Path]:
-    """The complete checkpoints in a directory, the one that got furthest first (by `global_step`, then by age).
+    """The complete checkpoints in a directory, the newest first.
+
+    That is by the life of the run that saved them, then by `global_step`, then by age: a run that went back to an older
+    checkpoint has not got as far as the one before it, and what it saves is newer all the same. No clock decides that.
 
     Those with damaged plain values are passed over, with a warning; whether the files of the others are as they were
     written is not looked at.
@@ -63,9 +67,9 @@ def find_checkpoints(directory: str | Path) -> list[Path]:
 
 
 def newest_undamaged(directory: str | Path) -> Path | None:
-    """The checkpoint in a directory that got furthest and is as it was written; `None` if there is none.
+    """The newest checkpoint in a directory that is as it was written; `None` if there is none.
 
-    Every damaged one that got further is named in a warning.
+    Every damaged one that is newer is named in a warning.
 
     Raises:
         CheckpointError: One of them has a format for a newer version, which an older one is no substitute for.
@@ -80,6 +84,25 @@ def newest_undamaged(directory: str | Path) -> Path | None:
         else:
             return path
     return None
+
+
+def next_life(places: Iterable[str | Path]) -> int:
+    """The number of the life that a run begins which may save in some directories: one more than any there.
+
+    It is kept in each checkpoint, as `life`, and makes those of this life newer than all that are there.
+    """
+    lives = [0]
+    for place in {*map(Path, places)}:
+        lives += [_life(found) for _, found in _documents(place) if isinstance(found, dict)]
+        lives.append(branches.noted(place)[1])
+    return 1 + max(lives)
+
+
+def begin_life(checkpoint: Path, life: int) -> None:
+    """Makes the checkpoint that a life begins with the newest one beside it, until that life has one of its own."""
+    newest = next((path for path, found in _documents(checkpoint.parent) if isinstance(found, dict)), checkpoint)
+    if not newest.samefile(checkpoint):
+        branches.note(checkpoint, life)
 
 
 def check_files(path: str | Path) -> None:
@@ -97,20 +120,27 @@ def check_files(path: str | Path) -> None:
 
 
 def _documents(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | CheckpointError]]:
-    """Complete checkpoints with their documents, the one that got furthest first; unreadable ones before them."""
+    """Complete checkpoints with their documents, the newest first; unreadable ones before them."""
     found = []
+    begun_with, begun = branches.noted(directory)
     for path in directory.iterdir() if directory.is_dir() else ():
         if is_complete(path):
-            step: float = float("inf")
+            place: tuple[float, float] = (float("inf"), 0.0)
             document: dict[str, Any] | CheckpointError
             try:
                 document = _document(path)
-                step = float(document["meta"].get("global_step", -1))
+                life = max(_life(document), begun if path.name == begun_with else 0)
+                place = (life, float(document["meta"].get("global_step", -1)))
             except CheckpointError as error:
                 document = error
-            found.append(((step, (path / _COMPLETE).stat().st_mtime_ns, str(path)), path, document))
+            with suppress(FileNotFoundError):  # deleted by now, by the process that saves here
+                found.append(((*place, (path / _COMPLETE).stat().st_mtime_ns, str(path)), path, document))
     for _, path, document in sorted(found, key=lambda each: each[0], reverse=True):
         yield path, document
+
+
+def _life(document: Mapping[str, Any]) -> int:
+    return document["meta"].get("life", 0)  # those from before lives were counted are older than any
 
 
 def _damage(path: Path, document: Mapping[str, Any]) -> list[str]:
@@ -140,8 +170,14 @@ def check_writable(directory: str | Path) -> None:
 
 
 def delete_checkpoint(path: str | Path) -> None:
-    """Deletes a checkpoint. Killed in the middle, it leaves what no longer counts as one."""
+    """Deletes a checkpoint. Killed in the middle, it leaves what no longer counts as one.
+
+    Of a symbolic link to one, only the link goes.
+    """
     path = Path(path)
+    if path.is_symlink():
+        path.unlink()
+        return
     (path / _COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -175,6 +211,7 @@ def complete(target: Path, document: Mapping[str, Any]) -> None:
         file.flush()
         checksums.flushed(file.fileno())
     writing.rename(target)
+    branches.forget(target.parent, document["meta"].get("life", 0))
 
 
 def settle(path: Path) -> Path:
@@ -183,10 +220,10 @@ def settle(path: Path) -> Path:
     previous = path.with_name(path.name + _PREVIOUS)
     if is_complete(following):
         take_place(following, path)
-    elif previous.exists() and not path.exists():
+    elif _is_there(previous) and not _is_there(path):
         previous.rename(path)
     for leftover in (following, previous):
-        if leftover.exists():
+        if _is_there(leftover):
             delete_checkpoint(leftover)
     for target in (path, following):
         discard_unfinished(target)
@@ -195,17 +232,22 @@ def settle(path: Path) -> Path:
         raise CheckpointError(
             f"{path} exists and is no checkpoint, so nothing was written over it.\nFix: choose another path."
         )
-    return following if path.exists() else path
+    return following if _is_there(path) else path
 
 
 def take_place(target: Path, path: Path) -> None:
     """Puts a complete checkpoint where another one is; at every moment a complete one exists."""
     previous = path.with_name(path.name + _PREVIOUS)
-    if path.exists():
+    if _is_there(path):
         path.rename(previous)
     target.rename(path)
-    if previous.exists():
+    if _is_there(previous):
         delete_checkpoint(previous)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a name is taken, be it by a link that leads nowhere."""
+    return os.path.lexists(path)
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -226,18 +268,16 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        document = checksums.unsealed((path / META_FILE).read_bytes())
-        version, meta, index = (document[key] for key in ("format", "meta", "index"))
-        if not (isinstance(version, int) and isinstance(meta, dict) and isinstance(index, dict)):
-            raise TypeError("it has other entries")
+        version, document = documents.read((path / META_FILE).read_bytes())
+        if version > FORMAT:
+            raise _NewerFormatError(
+                f"The checkpoint {path} has format {version}; this nnx_fit reads up to {FORMAT}. Fix: update nnx_fit."
+            )
+        documents.check(document)
     except OSError as error:
         raise _unusable(path, [f"{META_FILE.as_posix()} cannot be read ({error.strerror})"]) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise _unusable(path, [f"{META_FILE.as_posix()} is not what was written ({_first_line(error)})"]) from error
-    if version > FORMAT:
-        raise _NewerFormatError(
-            f"The checkpoint {path} has format {version}; this nnx_fit reads up to {FORMAT}. Fix: update nnx_fit."
-        )
     return document
 
 
@@ -283,22 +323,13 @@ def _unusable(path: Path, wrong: list[str]) -> CheckpointError:
 def _instead_of(path: Path) -> str:
     for other, document in _documents(path.parent):
         if other.name != path.name and not isinstance(document, CheckpointError) and not _damage(other, document):
-            return f"Fix: use {other}, the one that got furthest of those beside it that are not damaged."
+            return f"Fix: use {other}, the newest of those beside it that are not damaged."
     return "Fix: bring the files back from a copy; there is no other checkpoint beside it that is not damaged."
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a complete checkpoint whose files cannot be read."""
     return damaged(path, [f"arrays cannot be read ({type(error).__name__}: {_first_line(error)})"])
-
-
-def not_written(path: Path, error: Exception) -> NotWrittenError:
-    """The error for a save that failed."""
-    return NotWrittenError(
-        f"The checkpoint {path} could not be written ({type(error).__name__}: {_first_line(error)}).\n"
-        "Nothing was left under that name but what was there before. Fix: check that the disk has space and that the "
-        "directory is writable."
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from nnx_fit import __version__
-from nnx_fit.callbacks.callback import Callback
+from nnx_fit.callbacks.callback import keyed
+from nnx_fit.callbacks.model_checkpoint import ModelCheckpoint
 from nnx_fit.checkpoint import contents, fitting
 from nnx_fit.checkpoint.construction import recorded
+from nnx_fit.checkpoint.directories import begin_life, next_life
 from nnx_fit.checkpoint.finding import Loaded, find, read
 from nnx_fit.checkpoint.fitting import Before
 from nnx_fit.checkpoint.store import CheckpointStore
 from nnx_fit.errors import CheckpointError
 from nnx_fit.loggers.fan_out import FanOut
+from nnx_fit.loops.progress import TIME_IS_UP
 from nnx_fit.metrics.history import History
 from nnx_fit.optimizers import BoundOptimizer
 from nnx_fit.run import Run
@@ -37,9 +40,18 @@ class Checkpoints:
     def __init__(self) -> None:
         self._store = CheckpointStore()
         self._before = Before()
+        self._life = 1
 
     def save(
-        self, path: str | Path, run: Run, history: History, *, weights_only: bool, wait: bool, config: str = ""
+        self,
+        path: str | Path,
+        run: Run,
+        history: History,
+        loggers: FanOut,
+        *,
+        weights_only: bool,
+        wait: bool,
+        config: str = "",
     ) -> None:
         """Writes a checkpoint of a run.
 
@@ -47,6 +59,7 @@ class Checkpoints:
             path: Directory of the checkpoint.
             run: The run, built.
             history: Its history.
+            loggers: Its loggers.
             weights_only: Leave out what only training needs.
             wait: Return when it is on disk; otherwise once it is copied to the host.
             config: The run's configuration, to be read by people.
@@ -55,7 +68,7 @@ class Checkpoints:
             CheckpointError: It cannot be written.
         """
         assert run.live is not None
-        arrays = contents.module_arrays(run.live.layout, run.live.collect())
+        arrays = contents.module_arrays(run.live.layout, run.arrays_to_save())
         meta: dict[str, Any] = {
             "weights_only": weights_only or run.train_program is None,
             "module": type(run.module).__qualname__,
@@ -63,6 +76,7 @@ class Checkpoints:
             "precision": run.options.precision,
             "versions": versions(),
             "config": config.removeprefix("```yaml\n").removesuffix("```"),
+            "life": self._life,
             "global_step": run.progress.global_step,
             "epoch": run.progress.epoch,
         }
@@ -84,6 +98,9 @@ class Checkpoints:
                 "loader": _position(run),
                 "history": history.state_dict(),
                 "ledger": run.ledger.state_dict(),
+                "loggers": loggers.state_dict(),
+                "stop": _stop_held_back(run),
+                "hook": run.funnel.state_dict(),
             }
             if (datamodule := run.trainer.datamodule) is not None and hasattr(datamodule, "state_dict"):
                 meta["datamodule"] = datamodule.state_dict()
@@ -105,10 +122,10 @@ class Checkpoints:
                 to continue.
             ConfigurationError: No `ModelCheckpoint` says which one it is.
         """
-        if ckpt_path is None:
-            return None
         self.wait()
-        path = find(ckpt_path, run.trainer)
+        path = None if ckpt_path is None else find(ckpt_path, run.trainer)
+        if run.verb == "fit":
+            self._life = next_life([*_places(run), *([] if path is None else [path.parent])])
         if path is None:
             return None
         if run.verb == "fit":
@@ -132,6 +149,8 @@ class Checkpoints:
         self._before = Before()
         self._before.remember(run.progress)
         run.progress.load_state_dict(loaded.meta["progress"])
+        if (stop := loaded.meta.get("stop")) is not None:
+            run.control.should_stop, run.control.stop_reason = True, stop or None
         datamodule = run.trainer.datamodule
         if "datamodule" in loaded.meta and hasattr(datamodule, "load_state_dict"):
             self._before.remember(datamodule)
@@ -162,6 +181,10 @@ class Checkpoints:
         run.ledger.load_state_dict(meta["ledger"])
         for key, callback in named:
             callback.load_state_dict(meta["callbacks"][key])
+        run.funnel.load_state_dict(meta.get("hook"))
+        loggers.load_state_dict(meta.get("loggers", {}))
+        if any(loaded.path.parent.samefile(place) for place in _places(run) if place.is_dir()):
+            begin_life(loaded.path, self._life)
         loggers.continue_from(run.progress.global_step)
         run.funnel.call("on_load_checkpoint", meta.get("user", {}))
         logger.info("Continuing from %s at step %d.", loaded.path, run.progress.global_step)
@@ -203,6 +226,11 @@ class Checkpoints:
         loaded.arrays.clear()
 
 
+def _places(run: Run) -> list[Path]:
+    """Where a run saves by itself."""
+    return [each.directory(run.trainer) for each in run.callbacks if isinstance(each, ModelCheckpoint)]
+
+
 def versions() -> dict[str, str]:
     """Versions of what a checkpoint depends on."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -227,12 +255,13 @@ def _position(run: Run) -> Any:
     return run.batches.get_state(run.progress.batch_idx if run.progress.in_epoch else None)
 
 
-def keyed(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
-    """Each callback with the name its state is kept under: its class, numbered where there are several."""
-    counts: dict[str, int] = {}
-    named = []
-    for callback in callbacks:
-        name = type(callback).__qualname__
-        counts[name] = counts.get(name, 0) + 1
-        named.append((name if counts[name] == 1 else f"{name}#{counts[name]}", callback))
-    return named
+def _stop_held_back(run: Run) -> str | None:
+    """Why the run is to stop once `min_epochs` and `min_steps` are reached, or `None`: it is not, or stops already.
+
+    A run that was stopped may be continued beyond that; and where time was up, another process has its own.
+    """
+    control, progress, options = run.control, run.progress, run.options
+    waits = progress.epoch < (options.min_epochs or 0) or progress.global_step < (options.min_steps or 0)
+    if not (control.should_stop and waits) or control.stop_reason == TIME_IS_UP:
+        return None
+    return control.stop_reason or ""

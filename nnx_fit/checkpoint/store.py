@@ -8,7 +8,6 @@ it, is decided elsewhere.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,13 +28,13 @@ from nnx_fit.checkpoint.directories import (
     find_checkpoints,
     is_complete,
     load_meta,
-    not_written,
     read_document,
     settle,
     take_place,
     unreadable,
     writing_place,
 )
+from nnx_fit.checkpoint.failing import not_written, quiet_orbax
 from nnx_fit.errors import CheckpointError
 
 __all__ = [
@@ -127,7 +126,7 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         if self._checkpointer is None:
-            _quiet_orbax()
+            quiet_orbax()
             # Directories made in the background would keep a save into an impossible place waiting for minutes.
             options = ocp.AsyncOptions(create_directories_asynchronously=False)
             self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=options)
@@ -239,22 +238,8 @@ def _handler() -> Any:
 def _read(path: Path, stored: dict[str, dict[str, int]]) -> dict[str, dict[str, np.ndarray]]:
     import orbax.checkpoint as ocp
 
-    _quiet_orbax()
+    quiet_orbax()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
     args = ocp.args.PyTreeRestore(item=stored, restore_args=as_numpy, partial_restore=True)
     with ocp.Checkpointer(_handler()) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.Composite(arrays=args)).arrays
-
-
-class _OnlyErrors(logging.Filter):
-    """Keeps Orbax's reports of its own progress out of the run's log; errors pass."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-_only_errors = _OnlyErrors()
-
-
-def _quiet_orbax() -> None:
-    logging.getLogger("absl").addFilter(_only_errors)

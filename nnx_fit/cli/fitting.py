@@ -62,7 +62,7 @@ def fit(cfg: DictConfig, hydra_cfg: Any, run_dir: Path, *, resumed: bool, from_c
         ckpt_path = cfg.get("ckpt_path")
         if resumed:
             found, start = _newest_checkpoint(trainer, run_dir, required=from_checkpoint)
-            ckpt_path = "last" if found else ckpt_path or "last"
+            ckpt_path = found or ckpt_path or "last"
         trainer.fit(parts.model, datamodule=parts.data, ckpt_path=ckpt_path)
         reason = outcome.reason_to_end(trainer)
         if resumed and ended is None and reason is not None and trainer.global_step == start:
@@ -121,25 +121,36 @@ def _schema(entry: DictConfig) -> type | None:
     return configs.schema_of_target(entry.get("_target_"))
 
 
-def _newest_checkpoint(trainer: Any, run_dir: Path, *, required: bool) -> tuple[bool, int]:
-    """Whether a run that was there left a complete checkpoint, and the newest one's `global_step`.
+def _newest_checkpoint(trainer: Any, run_dir: Path, *, required: bool) -> tuple[Path | None, int]:
+    """The newest undamaged checkpoint that a run left, and its `global_step`.
 
-    Without one, and where none is required, it starts as it did the first time.
+    Without any, and where none is required, it starts as it did the first time. But it does not start over what it left
+    as long as there are damaged ones, of which the user may have a copy.
+
+    Raises:
+        CheckpointError: There are damaged ones only, or none where one is required.
     """
-    from nnx_fit.checkpoint.directories import find_checkpoints, load_meta
+    from nnx_fit.checkpoint.directories import is_complete, load_meta, newest_undamaged
 
     callback = trainer.checkpoint_callback
     folder = callback.directory(trainer) if callback is not None else run_dir
-    checkpoints = find_checkpoints(folder)
-    if checkpoints:
-        return True, load_meta(checkpoints[0])["global_step"]
-    if required:
-        words = shlex.join(["nnx-fit", *run_directory.started_with(run_dir)])
+    found = newest_undamaged(folder)
+    if found is not None:
+        return found, load_meta(found)["global_step"]
+    shown, words = run_directory.shown_path(folder), shlex.join(["nnx-fit", *run_directory.started_with(run_dir)])
+    damaged = sorted(path.name for path in folder.iterdir() if is_complete(path)) if folder.is_dir() else []
+    if damaged:
+        anew = f"start it anew: {words}" if required else f"remove {shown}: the same command then starts the run anew"
         raise CheckpointError(
-            f"{run_directory.shown_path(folder)} holds no complete checkpoint to continue from: the run was ended "
-            f"before its first one, or keeps none.\nStart it anew: {words}"
+            f"{shown} holds no checkpoint to continue from, since each of them is damaged: {', '.join(damaged)}.\n"
+            f"Nothing was changed. Fix: bring their files back from a copy, or {anew}"
         )
-    return False, 0
+    if required:
+        raise CheckpointError(
+            f"{shown} holds no complete checkpoint to continue from: the run was ended before its first one, or keeps "
+            f"none.\nStart it anew: {words}"
+        )
+    return None, 0
 
 
 def _conclude(cfg: DictConfig, parts: objects.Objects, record: Path, ended: outcome.Outcome | None) -> float | None:

@@ -90,9 +90,8 @@ def _ignore_signals() -> None:
 
 def _leave_if_at_once(error: BaseException, status: int) -> None:
     """After a second signal nothing is waited for: writers in the background would report that they were cut off."""
-    from nnx_fit.interrupts import ends_at_once
-
-    if ends_at_once(error):
+    interrupts = sys.modules.get("nnx_fit.interrupts")
+    if interrupts is not None and interrupts.ends_at_once(error):  # without that module no run was under way
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

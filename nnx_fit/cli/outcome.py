@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nnx_fit.checkpoint.checksums import write_at_once
+from nnx_fit.cli import record_files
 from nnx_fit.cli.saved_run import latest_record
+
+_log = logging.getLogger("nnx_fit")
 
 _FILE = "outcome.json"
 # What may differ between two starts that ask for the same training.
@@ -43,19 +47,24 @@ class Outcome:
 
 def save(outcome: Outcome, folder: Path) -> None:
     """Keeps an outcome in the record of the start that led to it; one that is there is replaced in one go."""
-    unfinished = folder / f"{_FILE}.part"
-    unfinished.write_text(json.dumps(dataclasses.asdict(outcome), indent=1))
-    os.replace(unfinished, folder / _FILE)
+    write_at_once(folder / _FILE, json.dumps(dataclasses.asdict(outcome), indent=1))
 
 
 def of_same_settings(run_dir: Path, cfg: DictConfig) -> Outcome | None:
-    """The outcome of the last start, if there is one and it had the settings of the one that is about to be made."""
+    """The outcome of the last start, if there is one and it had the settings of the one that is about to be made.
+
+    One that is damaged is as good as none: what it says is found out again from the checkpoints.
+    """
     file = latest_record(run_dir)
     if not file.with_name(_FILE).is_file() or not file.is_file():
         return None
-    if _settings(OmegaConf.load(file)) != _settings(cfg):
+    if _settings(record_files.read_yaml(file)) != _settings(cfg):
         return None
-    return Outcome(**json.loads(file.with_name(_FILE).read_text()))
+    try:
+        return Outcome(**json.loads(file.with_name(_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("%s is damaged and not looked at (%s).", file.with_name(_FILE), str(error) or type(error).__name__)
+        return None
 
 
 def reason_to_end(trainer: Any) -> str | None:
@@ -64,7 +73,9 @@ def reason_to_end(trainer: Any) -> str | None:
     Args:
         trainer: The Trainer, after its fit.
     """
-    if trainer.stop_reason == "max_time was reached":
+    from nnx_fit.loops.progress import TIME_IS_UP
+
+    if trainer.stop_reason == TIME_IS_UP:
         return None
     if trainer.options.epoch_limit <= trainer.current_epoch:
         return f"trainer.max_epochs={trainer.max_epochs} is reached"

@@ -68,15 +68,10 @@ def shell_directory() -> Path:
     return _shell.get() or Path.cwd()
 
 
-def importable(directory: Path, *, last: bool = False) -> None:
-    """Puts a directory on `sys.path`, where a console script has no working directory.
-
-    Args:
-        directory: The directory.
-        last: Behind everything else, so that it shadows nothing.
-    """
+def importable(directory: Path) -> None:
+    """Puts a directory on `sys.path`, where a console script has no working directory."""
     if str(directory) not in sys.path:
-        sys.path.insert(len(sys.path) if last else 0, str(directory))
+        sys.path.insert(0, str(directory))
 
 
 def config_groups(*roots: Path | None) -> dict[str, set[str]]:

@@ -7,6 +7,7 @@ of then. Nothing here loads JAX; whether a checkpoint is there is found out when
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,16 +67,50 @@ def find_run(word: str | None) -> Path:
 
 
 def working_directory(run_dir: Path) -> Path:
-    """Where the run was started; the present working directory, and a warning, where that is gone."""
+    """Where a run is continued: where it was started.
+
+    Python modules are imported from there, and the record of where that was may be a stranger's. So it counts only if
+    it is the present working directory, or a folder that the run lies in, as a run of a project does; that is said.
+
+    Args:
+        run_dir: The run.
+
+    Returns:
+        The directory; the present one, and a warning, where that of then is gone, or the whole project was copied.
+
+    Raises:
+        ConfigurationError: It was started elsewhere.
+    """
     runtime = saved_run.hydra_settings(run_dir).get("runtime") or {}
-    cwd = runtime.get("cwd")
-    if cwd is None or Path(cwd).is_dir():
-        return Path(cwd or Path.cwd())
-    print(
-        f"The folder {cwd}, where this run was started, is gone: relative paths are taken from {Path.cwd()}.",
-        file=sys.stderr,
+    here, started = Path.cwd(), Path(runtime.get("cwd") or Path.cwd())
+    if not started.is_dir():
+        _say(f"The folder {started}, where this run was started, is gone: relative paths are taken from {here}.")
+        return here
+    if here.samefile(started):
+        return here
+    if _copied(run_dir, started, runtime.get("output_dir"), here):
+        _say(f"This run was started in {started}, and is continued in {here}, where a copy of it is.")
+        return here
+    if started in run_dir.parents or started.resolve() in run_dir.resolve().parents:
+        _say(f"Continued in {started}, where this run was started: Python modules are imported from there.")
+        return started
+    command = f"{shlex.join(['cd', str(started)])} && {shlex.join(['nnx-fit', 'resume', str(run_dir)])}"
+    raise ConfigurationError(
+        f"resume {os.path.relpath(run_dir)}: this run was started in {started}, which it does not lie in. "
+        "To continue it, Python modules would be imported from there.\n"
+        f"If that is what you want: {command}"
     )
-    return Path.cwd()
+
+
+def _copied(run_dir: Path, started: Path, output_dir: str | None, here: Path) -> bool:
+    """Whether a run lies in the present folder as it lay in the one that it was started in."""
+    if output_dir is None or not Path(output_dir).is_relative_to(started):
+        return False
+    return here / Path(output_dir).relative_to(started) == run_dir
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def primary_config(run_dir: Path, words: Sequence[str]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from nnx_fit.cli import project
+from nnx_fit.checkpoint.checksums import write_at_once
+from nnx_fit.cli import project, record_files
 from nnx_fit.cli.overrides import key_of
 from nnx_fit.cli.saved_run import record
 from nnx_fit.errors import ConfigurationError
@@ -73,19 +73,17 @@ def write_record(run_dir: Path, cfg: DictConfig, hydra_cfg: DictConfig, *, resum
         folder = folder / f"resumed-{number}"
         folder.mkdir()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    OmegaConf.save(OmegaConf.create({"hydra": hydra_cfg}), folder / "hydra.yaml")
-    OmegaConf.save(hydra_cfg.overrides.task, folder / "overrides.yaml")
-    # Last and at once: a process that is killed here leaves no record rather than half of one.
-    unfinished = folder / "config.yaml.part"
-    OmegaConf.save(OmegaConf.create(resolved), unfinished)
-    os.replace(unfinished, folder / "config.yaml")
+    write_at_once(folder / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})))
+    write_at_once(folder / "overrides.yaml", OmegaConf.to_yaml(hydra_cfg.overrides.task))
+    # Last: a process that is killed here leaves no record rather than half of one.
+    write_at_once(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
     return folder
 
 
 def started_with(run_dir: Path) -> list[str]:
     """The overrides of the first start, or none where there is no record of them."""
     file = record(run_dir).with_name("overrides.yaml")
-    return [str(word) for word in OmegaConf.load(file)] if file.is_file() else []
+    return [str(word) for word in record_files.read_yaml(file, ListConfig)] if file.is_file() else []
 
 
 def check_same_job(run_dir: Path, overrides: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from nnx_fit import configs
-from nnx_fit.cli import project
+from nnx_fit.cli import record_files
 from nnx_fit.cli.overrides import key_of, value_of
 
 NAME = "saved_run"
@@ -44,7 +45,7 @@ def latest_record(run_dir: Path) -> Path:
 def hydra_settings(run_dir: Path) -> Any:
     """Hydra's own settings when the run was started last; an empty config where there is no record of them."""
     file = latest_record(run_dir).with_name("hydra.yaml")
-    settings = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    settings = record_files.read_yaml(file) if file.is_file() else OmegaConf.create()
     return OmegaConf.select(settings, "hydra") or OmegaConf.create()
 
 
@@ -81,19 +82,28 @@ def register(run_dir: Path, words: Sequence[str], changes: Mapping[str, Any]) ->
     for group in {key_of(word) for word in words if not word.startswith("-")}.intersection(groups):
         saved.pop(group, None)  # another option replaces the group; merging two would mix their settings
     defaults = ["schema/trainer@trainer", "_self_", *({group: None} for group in groups), *_HYDRA]
-    node = OmegaConf.create({"defaults": defaults, **saved, **changes})
+    node = OmegaConf.create({**saved, **changes, "defaults": defaults})
     ConfigStore.instance().store(name=NAME, node=node, provider="nnx_fit")
     return NAME
 
 
 def _load(run_dir: Path) -> dict[str, Any]:
     """The saved config; paths in the run's directory point to the directory that is under way."""
-    saved: Any = OmegaConf.to_container(OmegaConf.load(latest_record(run_dir)))
-    runtime = hydra_settings(run_dir).get("runtime")
-    if runtime is not None:
-        project.importable(Path(runtime.cwd), last=True)
-        saved = _replace_prefix(saved, runtime.output_dir, "${run_dir:}")
-    return saved
+    saved: Any = OmegaConf.to_container(record_files.read_yaml(latest_record(run_dir)))
+    runtime = hydra_settings(run_dir).get("runtime") or {}
+    _say_where_modules_come_from(runtime.get("cwd"))
+    output_dir = runtime.get("output_dir")
+    return _replace_prefix(saved, output_dir, "${run_dir:}") if output_dir else saved
+
+
+def _say_where_modules_come_from(started_in: str | None) -> None:
+    """A run may be a stranger's: what it says of where its modules are is for the user to follow, not for us."""
+    if started_in is not None and Path(started_in).is_dir() and not Path.cwd().samefile(started_in):
+        print(
+            f"This run was started in {started_in}; Python modules are imported from {Path.cwd()} and the installed "
+            f"packages.\nIf those of the run are meant: cd {started_in}",
+            file=sys.stderr,
+        )
 
 
 def _replace_prefix(node: Any, old: str, new: str) -> Any:

@@ -40,16 +40,26 @@ def iterate(loader: Any) -> Iterator[Any]:
             "Fix: pass a function that returns it (`make_batches`, not `make_batches()`), or an object with `__iter__` "
             "such as a list, an ArrayLoader, a Grain dataset or a PyTorch DataLoader."
         )
-    if hasattr(kind, "__iter__"):
-        return iter(loader)
-    if callable(loader) and not isinstance(loader, type):
-        batches: Any = loader()
+    batches: Any = loader
+    if not hasattr(kind, "__iter__") and callable(loader) and not isinstance(loader, type):
+        batches = loader()
+    if hasattr(type(batches), "__iter__") or batches is not loader:
+        _let_grain_read_its_flags(batches)
         return iter(batches)
     raise ConfigurationError(
         f"A {kind.__name__} is not a loader: it cannot be iterated over.\n"
         "Fix: pass an object with `__iter__` that yields batches: an ArrayLoader, a Grain dataset, a list, a PyTorch "
         "DataLoader (around a PyTorch Dataset)."
     )
+
+
+def _let_grain_read_its_flags(loader: Any) -> None:
+    """Grain with worker processes reads absl's flags, which only a program under `absl.app.run` has parsed."""
+    if type(loader).__module__.partition(".")[0] == "grain":
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
 
 
 def loader_length(loader: Any) -> int | float:

@@ -8,7 +8,7 @@ that a run must be resumed from, which is that of the batches handed out and not
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import math
 import time
 from collections import deque
@@ -21,8 +21,10 @@ import numpy as np
 from nnx_fit.data.array_loader import ArrayIterator, ArrayLoader
 from nnx_fit.data.batches import Batch, Place, is_plain, to_arrays
 from nnx_fit.data.loaders import iterate
+from nnx_fit.data.positions import decoded, encoded, here
 from nnx_fit.errors import ConfigurationError
 
+_log = logging.getLogger("nnx_fit")
 _PLAIN = frozenset((int, bool, str, float, type(None)))
 
 
@@ -160,14 +162,14 @@ class Prefetcher(Iterator[Batch]):
         """
         if batches is not None and batches < self.batches:
             state, kind = self._state_before, "replay" if self._state_before is None else "exact"
-            return {"kind": kind, "batches": batches, "ended": None, "state": _encode(state, self._loader)}
+            return {"kind": kind, "batches": batches, "ended": None, "state": encoded(state, self._loader)}
         ended = self._ended if self.exhausted else None
         state = self._last_state if ended == "loader" and self._last_state is not None else self._state
         return {
             "kind": "replay" if state is None else "exact",
             "batches": self.batches,
             "ended": ended,
-            "state": _encode(state, self._loader),
+            "state": encoded(state, self._loader),
         }
 
     def _open(self) -> None:
@@ -220,7 +222,7 @@ class Prefetcher(Iterator[Batch]):
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         self.batches, self._ended = int(state["batches"]), state["ended"]
-        saved = _decode(state["state"])
+        saved = decoded(state["state"])
         if _has_position(self._loader) and state["kind"] == "exact":
             self._restore(self._loader, saved)
             if self._ended == "loader":
@@ -229,6 +231,8 @@ class Prefetcher(Iterator[Batch]):
                 self._open()
             return
         if self._ended is not None:
+            if state["kind"] == "replay":
+                self._say_what_is_read_again(0)
             self._state, self.resumed = saved, "exact"
             return
         self._open()
@@ -236,11 +240,12 @@ class Prefetcher(Iterator[Batch]):
             self._restore(self._iterator, saved)
             self._state = saved
         else:
+            self._say_what_is_read_again(self.batches)
             self._replay()
 
     def _restore(self, part: Any, saved: Any) -> None:
         try:
-            part.set_state(saved)
+            part.set_state(here(saved, part))
         except ConfigurationError:
             raise
         except Exception as error:
@@ -249,6 +254,16 @@ class Prefetcher(Iterator[Batch]):
                 "Fix: build the loader as it was built in the run that is resumed."
             ) from error
         self.resumed = "exact"
+
+    def _say_what_is_read_again(self, count: int) -> None:
+        again = f"the first {count} batches of the epoch are read again" if count else "the next epoch is a new pass"
+        _log.info(
+            "The loader (%s) has no saved position: %s. Nothing is lost or trained on twice if its epochs have the "
+            "batches that they had before; one that shuffles needs a seed and set_epoch for that, or get_state and "
+            "set_state.",
+            type(self._loader).__name__,
+            again,
+        )
 
     def _replay(self) -> None:
         iterator: Any = self._iterator
@@ -287,19 +302,3 @@ def _position_of(source: Any) -> Callable[[], Any]:
 
 def _nowhere() -> None:
     """The position of a loader that knows none."""
-
-
-def _encode(state: Any, loader: Any) -> Any:
-    if isinstance(state, bytes):  # grain.DataLoader
-        return {"bytes": state.decode("latin-1")}
-    try:
-        return json.loads(json.dumps(state, default=lambda value: np.asarray(value).tolist()))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"The position of the loader ({type(loader).__name__}) cannot be saved: {error}\n"
-            "Fix: let its get_state() return bytes or plain values (numbers, strings, lists, dicts)."
-        ) from error
-
-
-def _decode(state: Any) -> Any:
-    return state["bytes"].encode("latin-1") if isinstance(state, dict) and set(state) == {"bytes"} else state

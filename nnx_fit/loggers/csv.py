@@ -56,9 +56,10 @@ class CSVLogger(Logger):
         self._lock = threading.Lock()
         self._file: io.FileIO | None = None
         self._continues = False
+        self._continued_at: int | None = None
         self._opened_before = False
         self._columns: list[str] = []
-        self._row: dict[str, float] = {}
+        self._row: dict[str, float | str] = {}
         self._row_step: int | None = None
         self._row_start = 0
         self._written = b""
@@ -78,7 +79,7 @@ class CSVLogger(Logger):
     def continue_from(self, step: int) -> None:
         """Says that this run continues an earlier one in the same directory, before anything is logged.
 
-        Rows that the earlier process had written for later steps are dropped.
+        Rows that the earlier process had written for later steps are dropped; that of the step itself goes on.
 
         Args:
             step: `global_step` of the checkpoint that the run continues from.
@@ -86,7 +87,7 @@ class CSVLogger(Logger):
         Raises:
             ConfigurationError: The file cannot be written.
         """
-        self._continues = True
+        self._continues, self._continued_at = True, step
         try:
             if self.metrics_file.exists():
                 columns, rows = self._read()
@@ -166,7 +167,8 @@ class CSVLogger(Logger):
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             if self.metrics_file.exists():
-                self._columns = self._read()[0]
+                self._columns, rows = self._read()
+                self._continue_row(rows)
             else:
                 self._columns = []
                 _write_atomically(self.metrics_file, _line(["step"]))
@@ -176,6 +178,16 @@ class CSVLogger(Logger):
                 raise
             raise cannot_write(self.metrics_file, type(self).__name__, error) from error
         self._opened_before = True
+
+    def _continue_row(self, rows: list[list[str]]) -> None:
+        """Makes the row of the step that a run continues from the current one: more may be logged at that step."""
+        step, self._continued_at = self._continued_at, None
+        if step is None or not rows or rows[-1][0] != str(step):
+            return
+        cells = zip(self._columns, rows[-1][1:], strict=False)
+        self._row, self._row_step = {name: cell for name, cell in cells if cell}, step
+        self._written = _line(self._current_row())
+        self._row_start = self.metrics_file.stat().st_size - len(self._written)
 
     def _write_row(self) -> None:
         """Writes the current row over its earlier, partial form; where that fails, the earlier form is put back."""

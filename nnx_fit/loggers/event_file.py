@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ class EventFile:
             raise
         self._end += len(record)
 
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._end
+
     def sync(self) -> None:
         """Waits for the disk."""
         os.fsync(self._file.fileno())
@@ -87,6 +92,18 @@ def require_on_disk(file: Any, path: Path) -> None:
     """
     if os.fstat(file.fileno()).st_nlink == 0:
         raise FileNotFoundError(errno.ENOENT, "the file was removed while the run writes to it", str(path))
+
+
+def records(path: Path, start: int = 0) -> Iterator[bytes]:
+    """The data of a file's whole records, from a byte on at which one begins."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+            length = _HEADER.unpack(header)[0]
+            record = file.read(length + _FOOTER.size)
+            if len(record) < length + _FOOTER.size:
+                break
+            yield record[:length]
 
 
 def drop_ending(path: Path, mark: bytes) -> None:

@@ -50,6 +50,15 @@ class FanOut:
         for logger in self.loggers:
             logger.log_text(tag, text, step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the records are, by logger."""
+        return {_title(logger, self.loggers): logger.state_dict() for logger in self.loggers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave, for the loggers that are still there."""
+        for logger in self.loggers:
+            logger.load_state_dict(state.get(_title(logger, self.loggers), {}))
+
     def continue_from(self, step: int) -> None:
         """Makes the record go on after a step: what was logged beyond it is of a run that was cut off."""
         for logger in self.loggers:

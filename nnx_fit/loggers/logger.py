@@ -93,6 +93,13 @@ class Logger:
         """The object of the library behind this logger, for what has no method here; `None` without one."""
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the record is, as plain values: saved in checkpoints, once all that was logged until then is in it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave, before `continue_from`, where a checkpoint has it."""
+
     def continue_from(self, step: int) -> None:
         """Continues the record of an earlier run: what it holds beyond `step` is dropped or hidden."""
 

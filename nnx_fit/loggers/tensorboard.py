@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nnx_fit.loggers import tensorboard_events as events
+from nnx_fit.loggers.ahead import Ahead
 from nnx_fit.loggers.curves import pr_curve
 from nnx_fit.loggers.event_file import EventFile, drop_ending
 from nnx_fit.loggers.failures import guarded
@@ -61,6 +62,8 @@ class TensorBoardLogger(Logger):
         self._file: EventFile | None = None
         self._lock = threading.Lock()
         self._continued_at: int | None = None
+        self._ahead = Ahead()
+        self._saved: Mapping[str, Any] = {}
         self._opened_before = False
         self._settings: dict[str, Any] | None = None
         self._session_open = False
@@ -86,15 +89,27 @@ class TensorBoardLogger(Logger):
             self._writer = summary_writer(self.log_dir, self._write_event)
         return self._writer
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the event files end."""
+        with self._lock:
+            return self._ahead.state_dict(self._file)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes where they ended, for `continue_from`."""
+        self._saved = state
+
     def continue_from(self, step: int) -> None:
         """Says that this run continues an earlier one in the same directory, before anything is logged.
 
-        TensorBoard then drops what the earlier process had logged after the step, and shows how this run ends.
+        TensorBoard then drops what the earlier process had logged after the step, and shows how this run ends. What is
+        logged again at the step itself, though the earlier process had got to that, is not recorded twice.
 
         Args:
             step: `global_step` of the checkpoint that the run continues from.
         """
         self._continued_at = step
+        self._ahead.find(sorted(self.log_dir.glob(EVENT_FILES)), step, self._saved)
+        self._saved = {}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records scalars of one step."""
@@ -169,6 +184,8 @@ class TensorBoardLogger(Logger):
             self._close()
 
     def _write(self, summary: Any, step: int) -> None:
+        if (summary := self._ahead.without(summary, step)) is None:
+            return
         self._write_event(events.proto("event").Event(wall_time=time.time(), step=step, summary=summary))
 
     @guarded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.loops.funnel import Funnel
-from nnx_fit.loops.progress import Control, Interrupted, Progress
+from nnx_fit.loops.progress import TIME_IS_UP, Control, Interrupted, Progress
+from nnx_fit.loops.validation_plan import ValidationPlan
 from nnx_fit.metrics.ledger import Ledger
 from nnx_fit.options import Options
 
@@ -36,41 +37,6 @@ class Steps(Protocol):
 
     def reset_accumulators(self) -> None:
         """Starts a new epoch of metrics."""
-
-
-@dataclasses.dataclass
-class ValidationPlan:
-    """When a fit validates.
-
-    Attributes:
-        run: Runs the validation loop, or `None` when there is none. Its argument is called when all is recorded.
-        every_batches: Number of training batches between validations, or `None` for the end of the epoch. A new
-            training loader may change it between two epochs.
-        every_epochs: Number of epochs between validations; `None` counts batches across epochs.
-    """
-
-    run: Callable[[Callable[[], None]], Any] | None
-    every_batches: int | None = None
-    every_epochs: int | None = 1
-
-    def due_after_batch(self, progress: Progress) -> bool:
-        """Whether to validate after the batch that was just trained on."""
-        if self.run is None or self.every_batches is None:
-            return False
-        if self.every_epochs is None:
-            return progress.batches % self.every_batches == 0
-        return progress.batch_idx % self.every_batches == 0 and self._epoch_due(progress)
-
-    def due_after_epoch(self, progress: Progress) -> bool:
-        """Whether to validate at the end of the epoch."""
-        return self.run is not None and self.every_batches is None and self._epoch_due(progress)
-
-    def never_due(self, batches: int) -> bool:
-        """Whether an epoch of so many batches is too short for a validation."""
-        return self.every_epochs is not None and self.every_batches is not None and self.every_batches > batches
-
-    def _epoch_due(self, progress: Progress) -> bool:
-        return self.every_epochs is not None and (progress.epoch + 1) % self.every_epochs == 0
 
 
 class FitLoop:
@@ -121,11 +87,16 @@ class FitLoop:
 
     def run(self) -> None:
         """Trains until a bound is reached, somebody stops it, or a signal ends it."""
-        self._funnel.call("on_train_start")
-        if self._progress.epoch_recorded:
-            self._ledger.log_host_epoch("train", self._progress.global_step)
+        progress = self._progress
+        if not progress.in_epoch:
+            # Saved in a hook that begins something, which is called again: what it logged is not to count twice.
+            self._ledger.forget_host_epoch("train")
+        self._start("on_train_start", again=progress.in_epoch or progress.batches > 0)
+        if progress.epoch_recorded or self._ended_early():
+            self._call_epoch_end(again=True)
+        if progress.epoch_recorded:
             self._next_epoch()
-        while not self._finished():
+        while not self._finished() or self._cut_short():
             self._epoch()
         self._begin()
         self._ledger.drain()
@@ -145,8 +116,17 @@ class FitLoop:
         if self._progress.window:
             return False  # the batches of a window end in an update
         if self._deadline is not None and not self._control.should_stop and self._clock() >= self._deadline:
-            self._control.should_stop, self._control.stop_reason = True, "max_time was reached"
+            self._control.should_stop, self._control.stop_reason = True, TIME_IS_UP
         return self._control.should_stop and self._minimum_reached()
+
+    def _cut_short(self) -> bool:
+        """Whether a run that continues was saved after its last step, and the end of that epoch is still to come."""
+        progress = self._progress
+        return progress.in_epoch and progress.batch_idx > 0 and self._stopped() and not self._ended_early()
+
+    def _ended_early(self) -> bool:
+        progress = self._progress
+        return progress.in_epoch and progress.ended_step == progress.global_step
 
     def _minimum_reached(self) -> bool:
         options, progress = self._options, self._progress
@@ -158,25 +138,38 @@ class FitLoop:
             progress.batch_idx = 0
             self._steps.reset_accumulators()
         self._steps.set_counters(progress.global_step, progress.epoch, progress.batch_idx)
-        self._funnel.call("on_train_epoch_start")
+        self._start("on_train_epoch_start", again=progress.in_epoch)
         self._steps = self._refreshed(False)
         batches = self._open_batches()
         progress.in_epoch = True
         try:
             if progress.batch_idx:
                 self._catch_up()
-            complete = self._batches(batches)
+            self._funnel.load_state_dict(None)
+            over = progress.batch_idx > 0 and self._stopped()
+            complete = batches.exhausted if over else self._batches(batches)
         finally:
             batches.close()
         self._end_epoch(complete)
 
+    def _start(self, hook: str, again: bool) -> None:
+        """Calls a hook that begins something; `again`: for a run that continues, whose first part has its records."""
+        with self._ledger.unrecorded("train") if again else contextlib.nullcontext():
+            self._funnel.call(hook)
+
     def _catch_up(self) -> None:
         """Does what a run that was saved between a batch and its log point or validation had still to do."""
         progress, log_every = self._progress, self._options.log_every_n_steps
-        if log_every and progress.global_step % log_every == 0:
+        if self._funnel.resumes("on_train_batch_end"):
+            self._funnel.call_rest("on_train_batch_end", None, None, progress.batch_idx - 1)
+        if log_every and not progress.window and progress.global_step % log_every == 0:
             self._ledger.log_host_step(progress.global_step)
         if progress.validated_step != progress.global_step and self._validation.due_after_batch(progress):
             self._validate()
+            self._steps = self._refreshed(False)
+        elif self._funnel.resumes("on_validation_end"):
+            self._validation.finish()
+            self._steps = self._refreshed(False)
 
     def _batches(self, batches: Any) -> bool:
         """Trains on the batches of an epoch; returns whether it got to the end of them."""
@@ -211,6 +204,7 @@ class FitLoop:
             if self._validation.due_after_batch(progress):
                 self._validate()
                 steps = self._steps = self._refreshed(False)
+            self._control.after_batch(progress.batches)
             if self._control.signal is not None:
                 raise Interrupted(self._control.signal)
             if self._stopped():
@@ -243,14 +237,22 @@ class FitLoop:
             self._steps = self._refreshed(False)
         self._ledger.log_epoch(progress.global_step, self._steps.table, self._steps.accumulators, str)
         progress.epoch_recorded = complete
-        self._funnel.call("on_train_epoch_end", phases=("before",))
-        self._ledger.log_host_epoch("train", progress.global_step)
-        self._funnel.call("on_train_epoch_end", phases=("decide", "save"))
+        progress.ended_step = -1 if complete else progress.global_step
+        self._call_epoch_end()
         if complete:
             self._next_epoch()
         self._ledger.poll()
         if self._control.signal is not None:
             raise Interrupted(self._control.signal)
+
+    def _call_epoch_end(self, again: bool = False) -> None:
+        """Calls the last hook of an epoch; `again`: for a run that continues, those who have not heard of it."""
+        calls = not again or self._funnel.resumes("on_train_epoch_end")
+        if calls:
+            self._funnel.call("on_train_epoch_end", phases=("before",))
+        self._ledger.log_host_epoch("train", self._progress.global_step)
+        if calls:
+            self._funnel.call("on_train_epoch_end", phases=("decide", "save"))
 
     def _next_epoch(self) -> None:
         self._progress.epoch += 1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from nnx_fit.callbacks.callback import Callback, Phase
+from nnx_fit.callbacks.callback import Callback, Phase, keyed
 from nnx_fit.errors import ConfigurationError
 from nnx_fit.hooks import ModuleHooks
 
@@ -25,6 +25,10 @@ LOGGING_HOOKS: dict[str, tuple[bool, bool]] = {
 }
 
 
+# Hooks in which a run is saved with some listeners called and others not; a run that continues calls the others.
+RESUMED_HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+
+
 class _Listener(NamedTuple):
     """One hook of one owner; `looks` tells whether it may read or write the module, `pauses` has who may skip steps."""
 
@@ -32,6 +36,7 @@ class _Listener(NamedTuple):
     looks: bool
     call: Callable[..., Any]
     pauses: Callback | None
+    name: str
 
 
 class Funnel:
@@ -61,10 +66,27 @@ class Funnel:
         self.looked = False
         self._trainer = trainer
         self._module = module
-        self._callbacks = list(callbacks)
+        self._callbacks = keyed(callbacks)
         self._show = show
         self._timed = timed
         self._listeners: dict[str, list[_Listener]] = {}
+        self._called: tuple[str, int] | None = None
+        self._resumed: tuple[str, frozenset[str]] | None = None
+
+    def state_dict(self) -> list[Any] | None:
+        """Where in a hook the run is: its name, and who has not heard of it yet; `None` outside of those."""
+        if self._called is None:
+            return None
+        hook, count = self._called
+        return [hook, [listener.name for listener in self._of(hook)[count:]]]
+
+    def load_state_dict(self, state: Sequence[Any] | None) -> None:
+        """Takes back what `state_dict` gave: the next call of that hook is for those who have not heard of it."""
+        self._resumed = None if state is None else (str(state[0]), frozenset(state[1]))
+
+    def resumes(self, hook: str) -> bool:
+        """Whether the run was saved in the midst of a hook, and the rest of it is still to be called."""
+        return self._resumed is not None and self._resumed[0] == hook
 
     def silence(self, *hooks: str) -> None:
         """Lets nobody hear of some hooks."""
@@ -96,23 +118,43 @@ class Funnel:
         """
         results = []
         outer, self.hook = self.hook, hook
+        tracked = hook in RESUMED_HOOKS and outer is None
+        only = self._resumed[1] if self._resumed is not None and self.resumes(hook) else None
         try:
-            for listener in self._of(hook):
-                if listener.phase in phases:
+            for index, listener in enumerate(self._of(hook)):
+                if listener.phase in phases and (only is None or listener.name in only):
+                    if tracked:
+                        self._called = (hook, index + 1)
                     if listener.looks:
                         self._show()
                         self.looked = True
                     results.append(listener.call(*args))
+        except BaseException:
+            if tracked and self._called is not None:  # whoever failed has not done what was to be done
+                self._called = (hook, self._called[1] - 1)
+            raise
         finally:
             self.hook = outer
+        if tracked and "save" in phases:
+            self._called = self._resumed = None
         return results
+
+    def call_rest(self, hook: str, *args: Any) -> None:
+        """Calls, of those who have not heard of a batch hook in which the run was saved, all that need no outputs."""
+        assert self._resumed is not None
+        names, self._resumed = self._resumed[1], None
+        for listener in self._of(hook):
+            if listener.pauses is not None and listener.name in names:
+                if listener.looks:
+                    self._show()
+                listener.call(*args)
 
     def may_log(self) -> bool:
         """Whether anybody listens to a hook in which `self.log` works and may use it there."""
         if any(overrides(self._module, hook, ModuleHooks) for hook in LOGGING_HOOKS):
             return True
         # A subclass outside of this package may log whatever it likes.
-        own = [each for each in self._callbacks if each.logs or type(each).__module__.split(".")[0] != "nnx_fit"]
+        own = [each for _, each in self._callbacks if each.logs or type(each).__module__.split(".")[0] != "nnx_fit"]
         return any(overrides(callback, hook, Callback) for callback in own for hook in LOGGING_HOOKS)
 
     def log_defaults(self, name: str, on_step: bool | None = None) -> tuple[bool, bool]:
@@ -146,23 +188,25 @@ class Funnel:
 
     def _find(self, hook: str) -> list[_Listener]:
         listeners = [
-            self._listener(callback, hook) for callback in self._callbacks if overrides(callback, hook, Callback)
+            self._listener(name, callback, hook)
+            for name, callback in self._callbacks
+            if overrides(callback, hook, Callback)
         ]
         order: tuple[Phase, ...] = ("before", "decide", "save")
         listeners.sort(key=lambda listener: order.index(listener.phase))
         if overrides(self._module, hook, ModuleHooks):
             first_after = sum(1 for listener in listeners if listener.phase == "before")
             call = self._timed(f"{type(self._module).__name__}.{hook}", getattr(self._module, hook))
-            listeners.insert(first_after, _Listener("before", True, call, None))
+            listeners.insert(first_after, _Listener("before", True, call, None, "module"))
         return listeners
 
-    def _listener(self, callback: Callback, hook: str) -> _Listener:
+    def _listener(self, name: str, callback: Callback, hook: str) -> _Listener:
         function = getattr(callback, hook)
         call = self._timed(
             f"{type(callback).__name__}.{hook}", functools.partial(function, self._trainer, self._module)
         )
         pauses = callback if getattr(function, "pausing", False) else None
-        return _Listener(callback.phase, callback.reads_module, call, pauses)
+        return _Listener(callback.phase, callback.reads_module, call, pauses, name)
 
 
 def overrides(owner: Any, hook: str, base: type) -> bool:

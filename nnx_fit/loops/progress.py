@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+# Fields that a checkpoint of an earlier version does not have.
+_ADDED = ("ended_step",)
 
 
 @dataclasses.dataclass
@@ -24,6 +27,8 @@ class Progress:
         in_epoch: Whether an epoch is under way.
         epoch_recorded: Whether its metrics are recorded and its last hook was called, which must not come again when a
             run continues.
+        ended_step: `global_step` at which an epoch was ended before its last batch, -1 while none was. A run that
+            continues there has nothing of that to do again.
     """
 
     global_step: int = 0
@@ -34,6 +39,7 @@ class Progress:
     validated_step: int = -1
     in_epoch: bool = False
     epoch_recorded: bool = False
+    ended_step: int = -1
 
     def advance(self, updates: bool, skipped: bool = False) -> int:
         """Counts a step that updates, unless it was skipped, or one more batch of its window; returns `global_step`."""
@@ -48,7 +54,12 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         for field in dataclasses.fields(self):
-            setattr(self, field.name, type(getattr(self, field.name))(state[field.name]))
+            value = state.get(field.name, field.default) if field.name in _ADDED else state[field.name]
+            setattr(self, field.name, type(getattr(self, field.name))(value))
+
+
+# The reason to stop where `max_time` ends a fit.
+TIME_IS_UP = "max_time was reached"
 
 
 @dataclasses.dataclass
@@ -60,12 +71,15 @@ class Control:
         should_stop: Whether to stop once `min_epochs` and `min_steps` are reached.
         stop_reason: Why, for the user.
         signal: Number of the signal that asked to end now, or `None`.
+        after_batch: Called by the fit loop with the number of batches done, after each: whoever decides between two
+            batches that the run ends, sets `signal` then.
     """
 
     accumulate: int = 1
     should_stop: bool = False
     stop_reason: str | None = None
     signal: int | None = None
+    after_batch: Callable[[int], None] = lambda batches: None
 
 
 class Interrupted(BaseException):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class Ledger:
         self._logged: dict[str, float] = {}
         self._latest: tuple[MetricTable, Any] | None = None
         self._recent: collections.deque[tuple[MetricTable, Any]] = collections.deque(maxlen=4)
+        self._eval_steps = self._eval_steps_before = 0
 
     def step(self, table: MetricTable, packed: Any) -> None:
         """Notes the metrics of the step that was just dispatched."""
@@ -83,8 +85,10 @@ class Ledger:
     def log_eval_step(self, step: int, table: MetricTable, packed: Any, rename: Callable[[str], str]) -> None:
         """Makes a record of an eval batch's metrics, where some are to be recorded for each."""
         if any(spec.on_step for spec in table.specs):
+            self._eval_steps += 1
+            again = self._eval_steps <= self._eval_steps_before
             packed.copy_to_host_async()
-            self._pending.append(_Record(step, [packed], lambda: _renamed(_read_step(table, packed), rename)))
+            self._pending.append(_Record(step, [packed], lambda: _renamed(_read_step(table, packed), rename), again))
             self.poll()
 
     def log_host_step(self, step: int) -> None:
@@ -110,6 +114,8 @@ class Ledger:
     def log_host_epoch(self, stage: str, step: int) -> dict[str, float]:
         """Makes a record of what the hooks of an epoch logged, and returns it; `stage` is `"train"` or `"eval"`."""
         host = self.host[stage]
+        if stage == "eval":
+            self._eval_steps = self._eval_steps_before = 0
         values = [*(_on_host(host.take_step()) if stage == "eval" else []), *host.take_epoch()]
         if values:
             self._pending.append(_Record(step, [], lambda: values))
@@ -124,6 +130,19 @@ class Ledger:
     def forget_host(self, stage: str) -> None:
         """Drops what the hooks of an epoch logged."""
         self.host[stage] = HostMetrics()
+
+    def forget_host_epoch(self, stage: str) -> None:
+        """Drops what the hooks of an epoch logged for its end, and keeps what waits for the next log point."""
+        self.host[stage].take_epoch()
+
+    @contextmanager
+    def unrecorded(self, stage: str) -> Iterator[None]:
+        """Drops what hooks log while the block runs, and keeps what they had logged before."""
+        kept, self.host[stage] = self.host[stage], HostMetrics()
+        try:
+            yield
+        finally:
+            self.host[stage] = kept
 
     def read_epoch(
         self, table: MetricTable, accumulators: Accumulators, rename: Callable[[str], str]
@@ -177,6 +196,8 @@ class Ledger:
         """What a run that continues needs besides history: values not yet recorded, and the latest of all others."""
         return {
             "host": self.host["train"].state_dict(),
+            # Of a validation that is under way, and that a run which continues begins again.
+            "eval_steps": max(self._eval_steps, self._eval_steps_before),
             "callback": self.callback_metrics,
             "progress": self.progress_bar_metrics,
             "logged": self.logged_metrics,
@@ -185,6 +206,7 @@ class Ledger:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.host["train"].load_state_dict(state["host"])
+        self._eval_steps_before = state.get("eval_steps", 0)
         self._callback = dict(state["callback"])
         self._progress = dict(state["progress"])
         self._logged = dict(state["logged"])

@@ -202,7 +202,7 @@ class TrainProgram:
         """
         self.table.load_state_dict(table)
         self._accumulators = on_device(grown(Accumulators.from_named(arrays), self.table))
-        self._stepped = True
+        self._stepped = bool(self.table.specs)  # or it was saved before the first step
 
     def metrics(self) -> dict[str, list[Any]]:
         """What the `nnx.Metric`s hold that the step logs: the arrays of each of their leaves by path."""
@@ -211,8 +211,13 @@ class TrainProgram:
         arrays = self._live.collect()
         return {slot.name: arrays[slot.start : slot.stop] for slot in self._layout.slots if belongs(slot, paths)}
 
+    def statistics(self) -> dict[str, list[Any]]:
+        """What steps change besides parameters and RNG streams: the arrays of each Variable by path."""
+        arrays = self._live.collect()
+        return {slot.name: arrays[slot.start : slot.stop] for slot in self._layout.slots if slot.role == "stats"}
+
     def set_metrics(self, values: Mapping[str, Sequence[Any]]) -> None:
-        """Gives them back what `metrics` gave."""
+        """Gives them back what `metrics` or `statistics` gave."""
         arrays = list(self._live.collect())
         for slot in self._layout.slots:
             if slot.name in values:

@@ -144,3 +144,31 @@ def test_without_versions_a_name_goes_to_what_is_not_worse_and_never_from_the_or
     assert mine.best == (str(tmp_path / "best"), 1.0) and not mine.waiting
     mine.origin = tmp_path / "best"
     assert mine.place(0.5, {}) == tmp_path / "best-v1"
+
+
+@pytest.mark.parametrize("entry", ["doomed", "kept"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_state_of_a_stranger_deletes_nothing_outside_of_the_directory(tmp_path, entry, absolute):
+    precious = complete(tmp_path / "elsewhere" / "precious")
+    name = str(precious) if absolute else "../elsewhere/precious"
+    state = {"directory": str(tmp_path / "mine"), "kept": {}, "doomed": [], "best": ["", None]}
+    state[entry] = [name] if entry == "doomed" else {name: 5.0}
+    mine = shelf(tmp_path / "mine")
+    mine.load_state_dict(state)
+    mine.tidy()
+    complete(mine.place(1.0, {"step": 1}))
+    mine.tidy()
+    assert is_complete(precious)
+
+
+def test_the_origin_is_known_by_another_path_as_well(tmp_path):
+    origin = complete(tmp_path / "run" / "step=1", step=1)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    mine = shelf(tmp_path / "link")
+    mine.origin = origin
+    mine.load_state_dict(
+        {"directory": str(tmp_path / "run"), "kept": {"step=1": 2.0}, "doomed": [], "best": ["", None]}
+    )
+    complete(mine.place(1.0, {"step": 2}))
+    mine.tidy()
+    assert is_complete(origin)

@@ -196,3 +196,27 @@ def test_another_fit_starts_over():
     assert (stopping.wait_count, stopping.best_score) == (2, 1.0)
     scripted_fit([9, 8, 7], trainer)
     assert (stopping.wait_count, stopping.best_score, trainer.current_epoch) == (0, 7.0, 3)
+
+
+class SavesWhere(nets.SavesIn):
+    """Saves after what was decided in the same hook."""
+
+    phase = "save"
+
+
+@pytest.mark.parametrize(
+    ("hook", "trainer"),
+    [("on_train_epoch_end", {}), ("on_validation_end", {"val_check_interval": 1})],
+)
+def test_a_run_that_is_killed_once_it_was_to_stop_stops_where_it_would_have(tmp_path, hook, trainer):
+    def fit(*callbacks, patience=2, values=(1, 2, 2, 2, 2, 2), **how):
+        stopping = nf.EarlyStopping("val/target", patience=patience)
+        run = nets.quiet(max_epochs=4, callbacks=[stopping, *callbacks], **trainer)
+        scripted_fit(values, run, **how)
+        return run.global_step, run.stop_reason
+
+    path = tmp_path / "cut"
+    whole = fit(SavesWhere(path, hook, 3))
+    assert whole[0] < 8 and whole[1].startswith("EarlyStopping")
+    assert fit(ckpt_path=path) == whole
+    assert fit(ckpt_path=path, patience=5)[0] > whole[0], "asked for something else, it trains on"

@@ -1,13 +1,16 @@
 """ModelCheckpoint on sequences of metrics: what is on disk after each epoch, next to PyTorch Lightning on the same."""
 
 import math
+import signal
 
 import nets
+import numpy as np
 import pytest
+from flax import nnx
 from scripted import ScriptedLoader, scripted_fit
 
 import nnx_fit as nf
-from nnx_fit.checkpoint.store import load_meta
+from nnx_fit.checkpoint.store import find_checkpoints, load_meta
 
 NAN, INF = math.nan, math.inf
 
@@ -194,3 +197,42 @@ def test_metric_of_the_training_epoch_is_waited_for_at_validations(tmp_path):
     trainer.fit(Mean(), nets.targets(*[0.5] * 4), ScriptedLoader([1, 1, 1, 1]))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"epoch=1-step=6", "epoch=1-step=8", "last"}
+
+
+def test_a_save_that_waits_for_the_validation_waits_in_a_run_that_continues_as_well(tmp_path):
+    def run(directory, *callbacks, **how):
+        checkpoint = nf.ModelCheckpoint(
+            directory, monitor="val/loss", every_n_train_steps=2, save_top_k=-1, save_last=False
+        )
+        trainer = nets.quiet(
+            max_epochs=2, val_check_interval=3, callbacks=[*callbacks, checkpoint], enable_checkpointing=True
+        )
+        trainer.fit(nets.Regressor(rngs=nnx.Rngs(0)), nets.loader(), nets.loader(16), **how)
+        return sorted(path.name for path in directory.iterdir())
+
+    # Due at step 2 and waiting for the validation at 3, it is saved by somebody else and continued.
+    whole = run(tmp_path / "whole", nets.SavesIn(tmp_path / "saved", "on_validation_batch_end", 1))
+    assert run(tmp_path / "again", ckpt_path=tmp_path / "saved") == whole
+
+
+def test_a_run_that_is_cut_off_more_often_than_it_updates_gets_on_all_the_same(tmp_path):
+    """What a window has gathered is saved, also before the first update."""
+
+    def run(directory, cut, **how):
+        class Cut(nf.Callback):
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+                if trainer.total_batches == cut:
+                    signal.raise_signal(signal.SIGTERM)
+
+        module = nets.Regressor(rngs=nnx.Rngs(0))
+        callbacks = [Cut(), nf.ModelCheckpoint(directory)]
+        trainer = nets.quiet(max_epochs=1, accumulate_grad_batches=4, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(module, nets.loader(), **how)
+        return trainer.total_batches, np.asarray(module.head.kernel[...]).tobytes()
+
+    whole, directory = run(tmp_path / "whole", None), tmp_path / "cut"
+    for cut, how in ((2, {}), (3, {"ckpt_path": "last"})):
+        with pytest.raises(SystemExit):
+            run(directory, cut, **how)
+        assert load_meta(find_checkpoints(directory)[0])["progress"]["batches"] == cut
+    assert run(directory, None, ckpt_path="last") == whole

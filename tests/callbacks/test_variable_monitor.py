@@ -1,5 +1,7 @@
 """VariableMonitor: what reaches the loggers equals what NumPy says of the live values, and the run stays the same."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import nets
@@ -64,6 +66,29 @@ def test_running_statistics_are_logged_at_each_interval_and_at_the_end():
     assert {tag.rpartition("/")[0] for tag in recorder.metrics} == {
         "state/net.layers.1.mean", "state/net.layers.1.var", "state/odd", "state/steps",
     }  # fmt: skip
+
+
+def test_a_run_that_a_signal_cuts_off_has_no_end_to_record():
+    class Cut(nf.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    recorder = Recorder()
+    with pytest.raises(SystemExit):
+        tracked_fit([nf.VariableMonitor(every_n_steps=2), Cut()], logger=recorder)
+    assert recorder.metrics["state/odd/mean"] == [(2, 2.0)], "the run that continues goes on to 4"
+
+
+def test_the_end_of_a_run_is_recorded_once(tmp_path):
+    saving = nf.ModelCheckpoint(tmp_path)
+    tracked_fit([nf.VariableMonitor(every_n_steps=2), saving], enable_checkpointing=True)
+    again = Recorder()
+    module = Tracked(rngs=nnx.Rngs(0))
+    monitor = nf.VariableMonitor(every_n_steps=2)
+    batches = [{"x": np.ones((6, 4), np.float32)}] * 5
+    nets.quiet(max_epochs=1, logger=again, callbacks=monitor).fit(module, batches, ckpt_path=saving.last_model_path)
+    assert again.metrics == {}
 
 
 def test_default_interval_is_twice_the_log_interval():

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from nets import Regressor, loader, quiet
 
 import nnx_fit as nf
+from nnx_fit.checkpoint.checksums import sealed, unsealed
 from nnx_fit.errors import CheckpointError, ConfigurationError
 
 
@@ -240,3 +242,19 @@ def test_all_is_well_is_said_as_well(trained, caplog):
     assert (
         caplog.records[-1].getMessage() == f"Regressor: all {len(bits(module))} arrays loaded from {directory / 'all'}."
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda meta: meta.pop("hparams"), "meta.hparams is missing"),
+        (lambda meta: meta.update(precision="7"), "meta.precision is '7'"),
+    ],
+)
+def test_document_that_describes_no_module_is_named(trained, tmp_path, change, says):
+    path = shutil.copytree(trained[1] / "all", tmp_path / "odd")
+    document = unsealed((path / "meta" / "meta.json").read_bytes())
+    change(document["meta"])
+    (path / "meta" / "meta.json").write_bytes(sealed(document))
+    with pytest.raises(CheckpointError, match=f"odd is damaged:\n.*meta.json is not what was written .{says}"):
+        Regressor.load_from_checkpoint(path)

@@ -1,5 +1,6 @@
 """Whatever happens to the files of a checkpoint, it is found out and the file is named."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -129,3 +130,22 @@ def test_what_is_wrong_with_each_file_is_said(tmp_path):
         "gone is missing",
         "short has 4 bytes, 10 were written",
     ]
+
+
+def test_a_small_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    file, events = tmp_path / "outcome.json", []
+    file.write_text("old")
+
+    def noted(name, change):
+        def run(*args):
+            events.append((name, file.read_text()))
+            return change(*args)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", noted("on the disk", os.fsync))
+    monkeypatch.setattr(os, "replace", noted("named", os.replace))
+    checksums.write_at_once(file, "new")
+    assert events == [("on the disk", "old"), ("named", "old")]
+    assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
+    assert file.read_text() == "new"

@@ -78,6 +78,52 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(make, tmp_path, name, me
             load(tmp_path / name)
 
 
+def rewritten(path, **meta):
+    """The checkpoint with other plain values, and a seal that is right."""
+    file = path / "meta" / "meta.json"
+    document = unsealed(file.read_bytes())
+    file.write_bytes(sealed({**document, "meta": {**document["meta"], **meta}}))
+    return path
+
+
+def test_newest_is_of_the_latest_life_however_far_it_got(make, tmp_path):
+    rewritten(make(3, "abandoned"), life=1)
+    rewritten(make(1, "second"), life=2)
+    rewritten(make(2, "third"), life=2)
+    assert directories.next_life([tmp_path, tmp_path / "nowhere"]) == 3
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["third", "second", "abandoned"]
+    assert directories.newest_undamaged(tmp_path) == tmp_path / "third"
+    # Those from before lives were counted go by how far they got, and are older.
+    make(2, "z").rename(tmp_path / "early")
+    make(3, "late")
+    assert [path.name for path in find_checkpoints(tmp_path)][-2:] == ["late", "early"]
+    assert directories.next_life([tmp_path / "nowhere"]) == 1
+
+
+def test_sealed_and_odd_is_damaged_and_passed_over(make, tmp_path, caplog):
+    make(2, "good")
+    path = rewritten(make(3, "odd"), global_step="x")
+    with pytest.raises(CheckpointError, match=rf"{path} is damaged:\s+meta/meta.json .*meta.global_step is 'x'"):
+        load_meta(path)
+    assert directories.newest_undamaged(tmp_path) == tmp_path / "good"
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_saving_over_a_link_or_deleting_it_leaves_what_it_leads_to(make, tmp_path):
+    good = make(1, "good")
+    (tmp_path / "link").symlink_to(good)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    store = CheckpointStore()
+    for name in ("link", "nowhere"):
+        store.save(tmp_path / name, {"a": {"x": jnp.ones(3)}}, {"global_step": 9}, asynchronous=False)
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "link", "nowhere"]
+    assert [load_meta(tmp_path / name)["global_step"] for name in ("good", "link", "nowhere")] == [1, 9, 9]
+    (tmp_path / "again").symlink_to(good)
+    delete_checkpoint(tmp_path / "again")
+    assert is_complete(good) and not (tmp_path / "again").is_symlink()
+
+
 def test_deleted_checkpoint_stops_counting_first(make, tmp_path, monkeypatch):
     path = make(1, "a")
 

@@ -8,6 +8,7 @@ from nets import Scalar, quiet, targets
 
 import nnx_fit as nf
 from nnx_fit.checkpoint import checksums
+from nnx_fit.checkpoint.directories import newest_undamaged
 from nnx_fit.checkpoint.store import load_meta
 from nnx_fit.errors import CheckpointError, ConfigurationError
 
@@ -50,7 +51,7 @@ def run(template, tmp_path):
 
 
 def of_step(run, step):
-    return next(path for path in run.iterdir() if load_meta(path)["global_step"] == step)
+    return next(path for path in run.glob("epoch=*") if load_meta(path)["global_step"] == step)
 
 
 def break_array(path):
@@ -89,6 +90,38 @@ def test_each_damaged_one_is_named_once_and_all_of_them_are_passed_over(run, cap
     starts, warnings = continued(run, caplog)
     assert starts == [1] and len(warnings) == 3
     assert all(sum(str(path) in warning for warning in warnings) == 1 for path in damaged)
+
+
+def test_after_going_back_on_purpose_last_is_of_the_new_branch(run, caplog):
+    """The abandoned branch got further; clocks do not matter, since copies of a directory have the times of copying."""
+    before = of_step(run, 2)
+    mine = trainer(run, max_epochs=1, max_steps=3)
+    mine.fit(Scalar(start=9.0), targets(1, 2, 3, 4), ckpt_path=before)
+    assert [load_meta(of_step(run, step))["life"] for step in (1, 2, 3, 4)] == [1, 1, 2, 1]
+    shutil.copytree(run, moved := run.with_name("moved"), copy_function=shutil.copy)
+    assert continued(moved, caplog) == ([3], [])
+    # That life has saved to the end, and is the newest by now.
+    assert load_meta(of_step(moved, 8))["life"] == 3
+
+
+def test_after_going_back_last_is_where_it_went_back_to_even_before_a_new_one_is_saved(run, caplog):
+    class Cut(nf.Callback):
+        def on_train_start(self, trainer, module):
+            raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        trainer(run, Cut()).fit(Scalar(), targets(1, 2, 3, 4), ckpt_path=of_step(run, 2))
+    assert newest_undamaged(run) == run / "epoch=0-step=2"
+    assert continued(run, caplog) == ([2], [])
+    assert {load_meta(path)["life"] for path in run.glob("epoch=*")} == {1, 3}
+    assert newest_undamaged(run) == run / "epoch=1-step=8"
+
+
+def test_continuing_from_a_checkpoint_of_another_run_changes_nothing_there(run, tmp_path):
+    before = sorted(path.name for path in run.iterdir())
+    trainer(tmp_path / "mine").fit(Scalar(), targets(1, 2, 3, 4), ckpt_path=of_step(run, 2))
+    assert sorted(path.name for path in run.iterdir()) == before
+    assert newest_undamaged(run) == run / "epoch=0-step=4"
 
 
 def test_one_that_was_not_finished_is_no_news(run, caplog):

@@ -9,8 +9,7 @@ from flax import nnx
 from nets import Scalar, quiet, targets
 
 import nnx_fit as nf
-from nnx_fit.callbacks.callback import Callback
-from nnx_fit.checkpoint.saving import keyed
+from nnx_fit.callbacks.callback import Callback, keyed
 from nnx_fit.checkpoint.store import load_arrays, load_meta
 from nnx_fit.errors import CheckpointError, ConfigurationError
 
@@ -280,6 +279,22 @@ def test_bounds_and_counters_count_from_the_start_of_the_first_run(tmp_path):
     assert rest["at"] == (5, 1)
     _, rest = run(ckpt_path=tmp_path / "cut", max_epochs=1)
     assert rest["at"] == (4, 1)
+
+
+@pytest.mark.parametrize("bound", [{"min_steps": 7}, {"min_epochs": 2}])
+def test_a_stop_that_a_minimum_holds_back_comes_all_the_same(tmp_path, bound):
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                trainer.should_stop, trainer.stop_reason = True, "enough"
+
+    def fit(*callbacks, **how):
+        trainer = quiet(max_epochs=5, callbacks=[*callbacks], **bound)
+        trainer.fit(Scalar(), targets(*range(4)), **how)
+        return trainer.global_step, trainer.stop_reason
+
+    whole = fit(Stops(), saves_in(tmp_path / "saved", "on_train_batch_end", 5))
+    assert whole[0] < 20 and fit(ckpt_path=tmp_path / "saved") == whole
 
 
 def test_states_of_callbacks_data_module_and_user_come_back(tmp_path):

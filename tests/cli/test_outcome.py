@@ -35,6 +35,15 @@ def test_outcome_is_that_of_the_same_settings(record: Path, settings: DictConfig
         assert outcome.of_same_settings(record.parent, other) is None, key
 
 
+@pytest.mark.parametrize("text", ["", "\0" * 90, '{"reason": "it was', "[]", "null", '{"reason": "it was stopped"}'])
+def test_damaged_outcome_is_as_good_as_none(
+    record: Path, settings: DictConfig, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (record / "outcome.json").write_text(text)
+    assert outcome.of_same_settings(record.parent, settings) is None
+    assert f"{record / 'outcome.json'} is damaged" in caplog.text
+
+
 def test_outcome_of_an_earlier_start_is_none_of_a_later_one(record: Path, settings: DictConfig) -> None:
     later = record / "resumed-1"
     later.mkdir()

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -288,19 +289,80 @@ def test_config_is_the_last_one_that_the_run_was_started_with(recorded: Path, ca
     assert (cfg.seed, cfg.name, cfg.trainer.max_epochs) == (9, "mine", 8)
 
 
-def test_settings_of_the_process_are_those_of_the_first_start(recorded: Path, capsys) -> None:
-    (recorded / "there").mkdir()
-    hydra = {
-        "runtime": {"cwd": str(recorded / "there"), "output_dir": str(recorded / "outputs/a")},
-        "job": {"chdir": True, "env_set": {"MY_FLAG": "1"}, "num": 3},
-    }
-    OmegaConf.save(OmegaConf.create({"hydra": hydra}), recorded / "outputs/a/.hydra/hydra.yaml")
-    assert resume.working_directory(recorded / "outputs/a") == recorded / "there"
-    assert main.run(["resume", "outputs/a", "--cfg", "hydra"]) == 0
-    cfg = OmegaConf.create(capsys.readouterr().out).hydra
+def started_in(place: Path, run: Path, **hydra: object) -> None:
+    """Records where a run was started."""
+    runtime = {"cwd": str(place), "output_dir": str(run)}
+    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": runtime, **hydra}}), run / ".hydra/hydra.yaml")
+
+
+def test_settings_of_the_process_are_those_of_the_first_start(recorded: Path, capsys, monkeypatch) -> None:
+    run, there = recorded / "outputs/a", recorded / "there"
+    started_in(recorded, run, job={"chdir": True, "env_set": {"MY_FLAG": "1"}, "num": 3})
+    there.mkdir()
+    monkeypatch.chdir(there)
+    assert main.run(["resume", "../outputs/a", "--cfg", "hydra"]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"Continued in {recorded}, where this run was started: Python modules are imported from there.\n"
+    cfg = OmegaConf.create(said.out).hydra
     assert (cfg.job.chdir, cfg.job.env_set) == (True, {"MY_FLAG": "1"})
-    assert (cfg.run.dir, cfg.output_subdir) == (str(recorded / "outputs/a"), None)
-    assert os.getcwd() == str(recorded)
+    assert (cfg.run.dir, cfg.output_subdir) == (str(run), None)
+    assert os.getcwd() == str(there)
+
+
+@pytest.mark.parametrize("place", ["theirs", "outputs/a", "outputs/a/code"])
+def test_nothing_is_imported_from_a_folder_that_only_the_run_itself_names(
+    recorded: Path, fails: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    run, theirs = recorded / "outputs/a", recorded / place
+    theirs.mkdir(exist_ok=True)
+    started_in(theirs, run)
+    paths = list(sys.path)
+    said = fails("resume outputs/a")
+    assert f"resume outputs/a: this run was started in {theirs}, which it does not lie in." in said
+    assert f"If that is what you want: cd {theirs} && nnx-fit resume {run}" in said
+    assert set(sys.path) == set(paths)
+    monkeypatch.chdir(theirs)
+    assert resume.working_directory(run) == theirs
+
+
+def test_run_of_a_copied_project_is_continued_in_the_copy(recorded: Path, monkeypatch, capsys) -> None:
+    started_in(recorded, recorded / "outputs/a")
+    copy = recorded.with_name(f"{recorded.name}-copy")
+    shutil.copytree(recorded, copy)
+    monkeypatch.chdir(copy)
+    assert resume.working_directory(copy / "outputs/a") == copy
+    assert f"was started in {recorded}, and is continued in {copy}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_not_started_over(project: Path, capsys) -> None:
+    start("name=hurt", "test_after_fit=false")
+    run = project / "outputs/hurt"
+    (run / ".hydra" / "outcome.json").write_text("")  # as after a power cut
+    curve = scalars(run, "train/loss")
+    checkpoints = sorted(path for path in (run / "checkpoints").iterdir())
+    manifests = {path: (path / "arrays/manifest.ocdbt").read_bytes() for path in checkpoints}
+    for path in checkpoints:
+        (path / "arrays/manifest.ocdbt").write_bytes(manifests[path][:10])
+    anew = {
+        "resume outputs/hurt": "or start it anew: nnx-fit experiment=mine logger=both",
+        f"{' '.join(WORDS)} name=hurt resume=auto": "or remove outputs/hurt/checkpoints: the same command then starts",
+    }
+    for line, how in anew.items():
+        capsys.readouterr()
+        assert main.run([*line.split(), "trainer.max_epochs=3"]) == 1
+        said = capsys.readouterr()
+        names = ", ".join(path.name for path in checkpoints)
+        assert "CheckpointError: outputs/hurt/checkpoints holds no checkpoint to continue from, since each" in said.err
+        assert f"each of them is damaged: {names}." in said.err and how in said.err
+        assert all((said.out + said.err).count(f"{path} is damaged:") == 1 for path in checkpoints)
+        assert scalars(run, "train/loss") == curve
+        assert not (run / ".hydra/resumed-1").exists()
+    # With the newest one back, that is where it goes on; what is damaged is said once.
+    for path in checkpoints:
+        (path / "arrays/manifest.ocdbt").write_bytes(manifests[path])
+    assert main.run(["resume", "outputs/hurt", "trainer.max_epochs=3"]) == 0
+    assert [step for step, _ in scalars(run, "train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_completion_and_help_work_behind_resume(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -70,8 +70,29 @@ def test_checkpoint_outside_of_any_run_uses_the_packaged_config(folder: Path) ->
     assert saved_run.primary_config([]) == "config"
 
 
-def test_project_of_the_run_is_importable(run_dir: Path) -> None:
-    import sys
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("place", ["elsewhere", "outputs/theirs", "."])
+def test_nothing_is_imported_from_where_a_run_says_that_its_modules_are(
+    run_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], command: str, place: str
+) -> None:
+    """The run may be a stranger's, who says so of a folder of theirs."""
+    there = folder / place
+    there.mkdir(exist_ok=True)
+    settings = OmegaConf.load(run_dir / ".hydra" / "hydra.yaml")
+    OmegaConf.update(settings, "hydra.runtime.cwd", str(there))
+    OmegaConf.save(settings, run_dir / ".hydra" / "hydra.yaml")
+    if place != ".":
+        (there / "theirs.py").write_text("from pathlib import Path\nPath('RAN').touch()\nNet = Data = object\n")
+    assert main.run([command, "ckpt_path=outputs/theirs/checkpoints/last"]) == 1
+    assert not list(folder.rglob("RAN"))
+    said = capsys.readouterr().err
+    assert "there is no module theirs." in said
+    assert (f"If those of the run are meant: cd {there}" in said) == (place != ".")
 
-    assert saved_run.primary_config(["ckpt_path=outputs/theirs/checkpoints/last"]) == saved_run.NAME
-    assert sys.path[-1].endswith("elsewhere")
+
+def test_saved_config_says_nothing_of_how_it_is_composed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {**SAVED, "defaults": [{"optimizer": "adamw"}], "hydra": {"job": {"env_set": {"THEIRS": "1"}}}}
+    OmegaConf.save(OmegaConf.create(config), run_dir / ".hydra" / "config.yaml")
+    cfg = composed(capsys, "ckpt_path=outputs/theirs/checkpoints/last")
+    assert cfg["optimizer"] == SAVED["optimizer"]
+    assert "hydra" not in cfg and "defaults" not in cfg

@@ -311,6 +311,19 @@ def test_a_limit_counts_the_batches_before_the_resume():
     assert values(Prefetcher(items(8), PLACE, limit=2, state=batches.get_state())) == []
 
 
+@pytest.mark.parametrize(("kind", "says"), [("list", True), ("ArrayLoader", False), ("grain map", False)])
+def test_what_is_read_again_is_said_of_loaders_without_a_position(kind, says, caplog):
+    batches = Prefetcher(LOADERS[kind](), PLACE)
+    caplog.set_level("INFO", "nnx_fit")
+    for taken, again in ((3, "the first 3 batches of the epoch are read again."), (8, "the next epoch is a new pass.")):
+        values(itertools.islice(batches, taken - batches.batches))
+        caplog.clear()
+        Prefetcher(LOADERS[kind](), PLACE, state=batches.get_state())
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == says
+        assert not says or said[0].startswith(f"The loader (list) has no saved position: {again}")
+
+
 def test_a_replay_that_ends_early_is_an_error():
     batches = Prefetcher(items(8), PLACE)
     values(itertools.islice(batches, 5))

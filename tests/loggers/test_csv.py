@@ -120,6 +120,23 @@ def test_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path, caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("name", ["b", "new"])  # the row is written, or the file with a wider header
+def test_row_of_the_step_that_a_run_continues_from_goes_on(tmp_path, name):
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0, "b": 0.1}, 1)
+    first.log_metrics({"a": 2.0}, 2)
+    first.finalize("interrupted")
+    second = CSVLogger(tmp_path)
+    second.continue_from(2)
+    second.log_metrics({name: 0.25}, 2)
+    second.log_metrics({"a": 3.0}, 3)
+    second.finalize("success")
+    assert [(row["step"], row["a"], row[name]) for row in read(tmp_path)][1:] == [
+        ("2", "2.0", "0.25"),
+        ("3", "3.0", ""),
+    ]
+
+
 @pytest.mark.parametrize("step", [2, 3])  # the row that is there already grows, or a new one begins
 @pytest.mark.parametrize("name", ["b", "new"])  # the row is written, or the file with a wider header
 def test_a_full_disk_loses_no_earlier_row_and_the_row_comes_with_the_next_write(tmp_path, step, name):

@@ -13,9 +13,10 @@ from nets import Regressor, Scalar, arrays, quiet, targets
 import nnx_fit as nf
 from nnx_fit.callbacks.callback import Callback
 from nnx_fit.data.prefetch import Prefetcher
-from nnx_fit.loops.fit import FitLoop, ValidationPlan
+from nnx_fit.loops.fit import FitLoop
 from nnx_fit.loops.funnel import Funnel
 from nnx_fit.loops.progress import Control, Progress
+from nnx_fit.loops.validation_plan import ValidationPlan
 from nnx_fit.metrics.capture import MetricTable
 from nnx_fit.metrics.history import History
 from nnx_fit.metrics.ledger import Ledger

@@ -24,7 +24,7 @@ from measured import (
     logging,
     merged,
 )
-from nets import quiet
+from nets import SavesIn, quiet
 from sklearn import metrics as sk
 
 import nnx_fit as nf
@@ -201,6 +201,14 @@ def test_a_run_that_continues_records_the_same_values_to_the_bit(tmp_path, at):
     history = resumed.fit(continued, BATCHES, ckpt_path=tmp_path / "saved")
     assert dict(history) == dict(expected)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(module), nnx.state(continued)))
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_epoch_end", "on_validation_end"])
+def test_what_is_saved_in_a_validation_has_the_metrics_that_training_had_reached(tmp_path, hook):
+    options = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    expected = quiet(**options).fit(Shared(), BATCHES, BATCHES)
+    quiet(callbacks=SavesIn(tmp_path / "saved", hook, 2), **options).fit(Shared(), BATCHES, BATCHES)
+    assert dict(quiet(**options).fit(Shared(), BATCHES, BATCHES, ckpt_path=tmp_path / "saved")) == dict(expected)
 
 
 @flax.struct.dataclass
