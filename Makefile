@@ -33,16 +33,16 @@ train: $(VENV)/.with-demo
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-# Thirty kills at random instead of a few.
+# Thirty kills at random instead of a few, and damage at each place; writes the table of faults in docs/checkpoints.md.
 nightly: $(VENV)/.with-test
-	NNX_FIT_KILLS=30 $(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
+	NNX_FIT_KILLS=30 NNX_FIT_FAULTS_TABLE=write $(BIN)/python -m pytest tests/e2e/test_faults*.py $(ARGS)
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Also benchmarks/features.py, monitor.py and import_time.py, by hand.
+# Also benchmarks/features.py, checkpoint.py, monitor.py and import_time.py, by hand.
 bench: $(VENV)/.with-demo
 	$(BIN)/python benchmarks/dispatch.py $(ARGS)
 

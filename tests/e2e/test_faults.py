@@ -1,128 +1,99 @@
 """Nothing is lost: a run that is killed again and again ends with the same bits as one that was never touched.
 
-`make test` kills a few times, `make nightly` more often (`NNX_FIT_KILLS`). Where a kill hits is random; the seed of a
-failing run is in its message, and `NNX_FIT_SEED` runs it again.
+`make test` kills a few times, `make nightly` more often (`NNX_FIT_KILLS`) and everywhere. Where a kill hits is random;
+the seed of a failing run is in its message, and `NNX_FIT_SEED` runs it again.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from programs import REPOSITORY
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from faults import BETWEEN_BATCHES, KILLS, NIGHTLY, SEED, TRAINING, Job, assert_same, tried
 
 from nnx_fit.checkpoint.store import find_checkpoints
 
-KILLS = int(os.environ.get("NNX_FIT_KILLS", "5"))
-SEED = int(os.environ.get("NNX_FIT_SEED", str(random.randrange(10**6))))
-PROGRAM = REPOSITORY / "tests" / "support" / "fault_run.py"
-BETWEEN_BATCHES = 0.03  # seconds
-TRAINING = 39 * BETWEEN_BATCHES
-
-
-def start(directory: Path, seconds: float = BETWEEN_BATCHES) -> subprocess.Popen[str]:
-    """The training process, from where it is."""
-    directory.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(directory), str(seconds)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def trains(process: subprocess.Popen[str]) -> bool:
-    """Waits until a process begins to train; whether it does."""
-    assert process.stdout is not None
-    return "training" in process.stdout.readline()
-
-
-def finish(directory: Path) -> dict[str, Any]:
-    """Lets the run come to its end, and reads what it ended with."""
-    process = start(directory, 0.0)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return json.loads((directory / "result.json").read_text())
-
-
-def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows; what `ThroughputMonitor` and clocks measure is no part of the run."""
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in sorted(events.Tags()["scalars"])}
+pytestmark = pytest.mark.slow
+SAME = "the same bits as without it"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """The run that nobody touches: its result, its curves, its CSV."""
-    directory = tmp_path_factory.mktemp("whole")
-    return finish(directory), scalars(directory), (directory / "metrics.csv").read_text()
+def whole(tmp_path_factory) -> Job:
+    """The run that nobody touches."""
+    job = Job(tmp_path_factory.mktemp("whole"))
+    job.finish()
+    return job
 
 
-def assert_same(directory: Path, whole: tuple[dict[str, Any], dict[str, Any], str]) -> None:
-    """Compares a run with the one that nobody touched: bits, History, best checkpoints, curves, rows."""
-    result, curves, rows = whole
-    mine = json.loads((directory / "result.json").read_text())
-    for part in result:
-        assert mine[part] == result[part], f"{part} differs (seed {SEED})"
-    assert scalars(directory) == curves, f"TensorBoard's curves differ (seed {SEED})"
-    assert (directory / "metrics.csv").read_text() == rows, f"the CSV differs (seed {SEED})"
-
-
-@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(tmp_path, whole):
-    chance, kills = random.Random(SEED), 0
+    chance, kills, runs = random.Random(SEED), 0, 0
     while kills < KILLS:
-        process = start(tmp_path)
-        if not trains(process):  # it had come to its end before, and has nothing left to do
-            process.communicate(timeout=300)
-            break
-        time.sleep(chance.uniform(0, TRAINING / 2))
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=300)
-        kills += 1
-        if process.returncode == 0:
-            break
-    finish(tmp_path)
-    assert_same(tmp_path, whole)
+        job = Job(tmp_path / str(runs))
+        runs += 1
+        while kills < KILLS:
+            if not job.start():
+                break
+            time.sleep(chance.uniform(0, TRAINING / 2))
+            if job.gets(signal.SIGKILL) == 0:
+                break
+            kills += 1
+        job.finish()
+        assert_same(job, whole)
+    tried("SIGKILL at a random moment", f"{kills} kills", f"continued each time from its newest checkpoint; {SAME}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_continues_where_it_was(tmp_path, whole, number):
-    process = start(tmp_path)
-    assert trains(process)
+    job, status = Job(tmp_path / "run"), {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}[number]
+    assert job.start()
     time.sleep(random.Random(SEED).uniform(0, TRAINING / 2))
-    process.send_signal(number)
-    process.communicate(timeout=300)
-    assert process.returncode in (143, 130, -signal.SIGINT), f"{process.returncode} (seed {SEED})"
-    assert not (tmp_path / "result.json").exists()
-    finish(tmp_path)
-    assert_same(tmp_path, whole)
+    assert job.gets(number) == status, f"{job.said} (seed {SEED})"
+    assert not (job.directory / "result.json").exists()
+    job.finish()
+    assert_same(job, whole)
+    tried(number.name, "once, at a random moment", f"saved after its step and ended; {SAME}")
 
 
-@pytest.mark.slow
+def test_a_second_signal_ends_at_once_and_leaves_the_checkpoint_before(tmp_path, whole):
+    job = Job(tmp_path / "run")
+    assert job.start()
+    job.waits_for(lambda: find_checkpoints(job.checkpoints))
+    assert job.gets(signal.SIGTERM, signal.SIGTERM, pause=BETWEEN_BATCHES / 3) == 143
+    assert find_checkpoints(job.checkpoints)
+    job.finish()
+    assert_same(job, whole)
+    tried("SIGTERM twice", "once", f"ended at once, its checkpoints whole; {SAME}")
+
+
+def test_a_preemption_that_jax_announces_is_a_signal_to_end(tmp_path, whole):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    job = Job(tmp_path / "run")
+    assert job.start("--address", f"127.0.0.1:{port}", pace=4 * BETWEEN_BATCHES)  # the notice takes up to a second
+    job.waits_for(lambda: find_checkpoints(job.checkpoints))
+    assert job.gets(signal.SIGTERM) == 143, job.said
+    assert "SIGTERM caught" in job.said, "JAX's own handler takes it"
+    assert find_checkpoints(job.checkpoints)[0].name.startswith("last")
+    job.finish()
+    assert_same(job, whole)
+    tried("a notice of JAX's preemption service", "once", f"saved after the step that was agreed on and ended; {SAME}")
+
+
 def test_a_run_that_is_killed_while_it_saves_has_the_checkpoint_before(tmp_path, whole):
-    process = start(tmp_path)
-    assert trains(process)
-    deadline = time.monotonic() + 60
-    while not any("writing" in path.name or "tmp" in path.name for path in tmp_path.glob("checkpoints/*")):
-        assert process.poll() is None and time.monotonic() < deadline, "no save was seen"
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=300)
-    finish(tmp_path)
-    assert_same(tmp_path, whole)
+    times = 3 if NIGHTLY else 1
+    for number in range(times):
+        job = Job(tmp_path / str(number))
+        assert job.start()
+        job.waits_for(lambda job=job: any("writing" in path.name for path in job.checkpoints.glob("*")))
+        job.gets(signal.SIGKILL)
+        job.finish()
+        assert_same(job, whole)
+    tried("SIGKILL during a save", f"{times} kills", f"continued from the checkpoint before, or anew; {SAME}")
 
 
 def truncated(file: Path) -> None:
@@ -135,22 +106,26 @@ def flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGES = {"truncated": truncated, "flipped": flipped, "missing": Path.unlink}
+DAMAGES = {"truncated": truncated, "bit-flipped": flipped, "missing": Path.unlink}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(3 if KILLS >= 30 else 1))
-def test_a_damaged_newest_checkpoint_costs_nothing_but_the_way_from_the_one_before(tmp_path, whole, number):
-    damage = list(DAMAGES)[(SEED + number) % len(DAMAGES)]
-    process = start(tmp_path)
-    assert trains(process)
-    deadline = time.monotonic() + 60
-    while len(complete := find_checkpoints(tmp_path / "checkpoints")) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, "no two checkpoints were seen"
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=300)
-    complete = find_checkpoints(tmp_path / "checkpoints")
-    files = [path for path in complete[0].rglob("*") if path.is_file() and path.stat().st_size > 8]
-    DAMAGES[damage](random.Random(SEED).choice(sorted(files)))
-    finish(tmp_path)
-    assert_same(tmp_path, whole)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_newest_checkpoint_costs_nothing_but_the_way_from_the_one_before(tmp_path, whole, kind):
+    job, untouched = Job(tmp_path / "run"), tmp_path / "untouched"
+    assert job.start()
+    job.waits_for(lambda: len(find_checkpoints(job.checkpoints)) >= 2)
+    job.gets(signal.SIGKILL)
+    newest = find_checkpoints(job.checkpoints)[0]
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    shutil.copytree(job.directory, untouched)
+    for file in files if NIGHTLY else [random.Random(SEED).choice(files)]:
+        DAMAGES[kind](file)
+        job.finish()
+        marks_the_end = kind == "missing" and file.name in ("commit_success.txt", "meta.json")
+        named = str(newest) in job.said and file.relative_to(newest).as_posix() in job.said
+        assert named or marks_the_end, job.said
+        assert_same(job, whole)
+        shutil.rmtree(job.directory)
+        shutil.copytree(untouched, job.directory)
+    times = f"each of its {len(files)} files" if NIGHTLY else "a file at random"
+    tried(f"a {kind} file in the newest checkpoint", times, f"named, and continued from the one before; {SAME}")

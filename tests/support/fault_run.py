@@ -1,15 +1,16 @@
 """A training process to be killed: everything that has state is in it. Started again, it continues.
 
-    python fault_run.py DIRECTORY [seconds between batches]
+    python fault_run.py DIRECTORY [--pace SECONDS] [--checkpoints DIRECTORY] [--address HOST:PORT]
 
-At the end `result.json` in the directory holds all that must not depend on how often it was killed: the bits of every
-array, the History, the best checkpoints.
+With an address the process is one that `jax.distributed` looks after, with its preemption service. At the end
+`result.json` in the directory holds all that must not depend on how often it was killed: the bits of every array, the
+History, the best checkpoints.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def bits(array) -> str:
     return np.asarray(data).tobytes().hex()
 
 
-def main(directory: Path, seconds: float) -> None:
-    checkpoint = nf.ModelCheckpoint(monitor="val/loss", save_top_k=2, every_n_train_steps=2)
+def main(directory: Path, checkpoints: Path | None, seconds: float) -> None:
+    checkpoint = nf.ModelCheckpoint(checkpoints, monitor="val/loss", save_top_k=2, every_n_train_steps=2)
     ema = nf.EMAWeights(decay=0.9)
     trainer = nf.Trainer(
         max_epochs=3,
@@ -112,4 +113,12 @@ def main(directory: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--pace", type=float, default=0.0)
+    parser.add_argument("--address")
+    arguments = parser.parse_args()
+    if arguments.address:
+        jax.distributed.initialize(arguments.address, num_processes=1, process_id=0)
+    main(arguments.directory, arguments.checkpoints, arguments.pace)
