@@ -213,7 +213,7 @@ class Trainer(TrainerRuns):
             optimizers = self._choose_optimizers(run)
             run.trainable = trained(optimizers, module.trainable)
             if ckpt_path is not None and checkpoint is None:
-                self._fan_out.continue_from(0)  # a fresh start where an earlier run may have logged
+                self._fan_out.continue_from(-1)  # a fresh start where an earlier run may have logged
             self._checkpoints.restore_host(checkpoint, run, self._fan_out, self.history, optimizers)
             log_settings = self._settings_record(module)
             run.funnel.call("on_fit_start")

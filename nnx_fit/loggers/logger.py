@@ -101,7 +101,11 @@ class Logger:
         """Takes what `state_dict` gave, before `continue_from`, where a checkpoint has it."""
 
     def continue_from(self, step: int) -> None:
-        """Continues the record of an earlier run: what it holds beyond `step` is dropped or hidden."""
+        """Continues the record of an earlier run: what it holds beyond `step` is dropped or hidden.
+
+        Args:
+            step: `global_step` of the checkpoint; -1 for a fresh start, where an earlier run may have its records.
+        """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records scalars that belong to one step.

@@ -113,7 +113,7 @@ class WandbLogger(Logger):
 
     def continue_from(self, step: int) -> None:
         """Says that this run continues an earlier one; see the class."""
-        self._continues = step > 0
+        self._continues = step >= 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Records scalars of one step."""

@@ -1,7 +1,10 @@
 """What a run logs again at the step of its checkpoint is in TensorBoard once, however often it was cut off there."""
 
+import nets
 import pytest
+from flax import nnx
 
+import nnx_fit as nf
 from nnx_fit.loggers.tensorboard import TensorBoardLogger
 
 pytest.importorskip("tensorboard")
@@ -93,10 +96,6 @@ def test_without_a_state_everything_is_recorded(tmp_path):
 
 
 def test_a_fit_that_is_killed_after_its_checkpoint_has_each_value_once(tmp_path):
-    import nets
-    from flax import nnx
-
-    import nnx_fit as nf
 
     class Killed(nf.Callback):
         def on_validation_end(self, trainer, module):
@@ -115,3 +114,20 @@ def test_a_fit_that_is_killed_after_its_checkpoint_has_each_value_once(tmp_path)
         fit(tmp_path / "cut", Killed())
     fit(tmp_path / "cut", ckpt_path="last")
     assert scalars(tmp_path / "cut") == scalars(tmp_path / "whole")
+
+
+def test_a_fresh_start_leaves_nothing_of_a_run_that_saved_nothing(tmp_path):
+    """Not even what it had recorded before its first update, in a validation in the first window."""
+
+    def fit(directory):
+        logger = TensorBoardLogger(directory)
+        saving = nf.ModelCheckpoint(directory / "c", save_last=False, save_top_k=0)
+        options = {"val_check_interval": 1, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+        trainer = nets.quiet(max_epochs=1, callbacks=saving, logger=logger, **options)
+        trainer.fit(nets.Regressor(rngs=nnx.Rngs(0)), nets.loader(), nets.loader(16), ckpt_path="last")
+
+    fit(tmp_path / "once")
+    fit(tmp_path / "twice")
+    fit(tmp_path / "twice")
+    assert scalars(tmp_path / "once")["val/loss"][0][0] == 0
+    assert scalars(tmp_path / "twice") == scalars(tmp_path / "once")
