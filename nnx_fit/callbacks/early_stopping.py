@@ -154,7 +154,7 @@ class EarlyStopping(Callback):
     def on_train_start(self, trainer: Trainer, module: FitModule) -> None:
         """Stands by what it decided before the run was cut off, unless it is asked something else now."""
         decision, self._decision = self._decision, None
-        if decision is not None and decision["asked"] == self._asked(trainer):
+        if decision is not None and decision["asked"] == self._asked():
             self._stop(trainer, decision["reason"])
 
     def on_validation_end(self, trainer: Trainer, module: FitModule) -> None:
@@ -229,13 +229,12 @@ class EarlyStopping(Callback):
             self._stop(trainer, reason)
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
-        self._decision = {"reason": reason, "asked": self._asked(trainer)}
+        self._decision = {"reason": reason, "asked": self._asked()}
         trainer.should_stop = True
         trainer.stop_reason = f"EarlyStopping: {reason}"
         say(f"EarlyStopping: training stops, {reason}.")
 
-    def _asked(self, trainer: Trainer) -> dict[str, Any]:
+    def _asked(self) -> dict[str, Any]:
         """What a decision depends on: a run that is continued with something else of it trains on."""
         own = ("monitor", "mode", "min_delta", "patience", "stopping_threshold", "divergence_threshold", "check_finite")
-        bounds = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
-        return {name: getattr(self, name) for name in own} | bounds
+        return {name: getattr(self, name) for name in own}

@@ -2,7 +2,7 @@
 
 A start that finds the outcome of one with the same settings has nothing to train: jobs that a scheduler starts again
 and again come to an end, also where it was early stopping that ended the run. One that raises `trainer.max_epochs`, or
-changes anything else, trains on from there.
+changes anything else, trains on from there; what early stopping has decided stands until its own settings change.
 """
 
 from __future__ import annotations
