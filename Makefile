@@ -33,9 +33,11 @@ train: $(VENV)/.with-demo
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-# Thirty kills at random instead of a few, and damage at each place; writes the table of faults in docs/checkpoints.md.
+# Thirty kills at random instead of a few, damage at each place, and runs in parts that nobody has drawn before; writes the
+# table of faults in docs/checkpoints.md.
 nightly: $(VENV)/.with-test
-	NNX_FIT_KILLS=30 NNX_FIT_FAULTS_TABLE=write $(BIN)/python -m pytest tests/e2e/test_faults*.py $(ARGS)
+	export NNX_FIT_KILLS=30 NNX_FIT_FAULTS_TABLE=write NNX_FIT_EXAMPLES=200
+	$(BIN)/python -m pytest tests/e2e/test_faults*.py tests/e2e/test_resume_anywhere.py $(ARGS)
 
 lint: $(VENV)/.with-lint
 	$(BIN)/ruff check .
